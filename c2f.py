@@ -1,0 +1,550 @@
+"""Mistral-Plus and Mistral-C2F, from a base model to the Fine Actor: the recipe.
+
+    pretrain -> reward ----------> plus                 Mistral-Plus (2403.02513): PPO straight from the base
+       (base)   |                                       with a harmless reward model, concise answers rewarded
+                +-> coarse --+                          Mistral-C2F (2406.08657): PPO whose length limit grows by
+             sft ------------+--> fine -> eval          Continuous Maximization, then gamma*coarse+(1-gamma)*sft
+
+    python c2f.py                          all of it on the bundled tiny world, on a laptop
+    python c2f.py --stage coarse --preset mistral-7b --model mistralai/Mistral-7B-v0.1 --reward-model DIR --prompts FILE
+
+Every stage reads folders and files and leaves a folder in --out that transformers opens, and its figures in
+metrics.jsonl. The maths is in model.py, reward.py, sft.py, ppo.py and merge.py.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import random
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import evaluation
+import merge
+import ppo
+import reward
+import sft
+from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from model import Config, Mistral, ScalarModel, fill, initialize
+from ppo import option
+from tokenizer import TEMPLATES, load_tokenizer
+from weights import InputError, locate, write_json
+
+STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
+IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
+NEEDS = {"plus": ("reward",), "coarse": ("reward",), "fine": ("coarse", "sft"), "eval": ("sft", "plus", "coarse", "fine"), "report": ("eval",)}
+ANALYTICAL = "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
+
+
+@dataclass
+class Options(ppo.PPOOptions):
+    stage: str = option("all", "what to do", choices=STAGES)
+    preset: str = option("tiny", "defaults for a size of model", choices=("tiny", "smollm2-135m", "mistral-7b"))
+    out: str = option("", "run folder (default runs/PRESET)")
+    model: str = option("", "base model: a folder or a hub id")
+    sft_model: str = option("", "instruction model of the fine stage (default OUT/sft)")
+    reward_model: str = option("", "reward model of plus, coarse and eval (default OUT/reward)")
+    preferences: str = option("", "preference pairs, a file or folder (HH, or prompt/chosen/rejected JSON lines)")
+    prompts: str = option("", "prompts of PPO, a file or folder")
+    instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
+    models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+", type=str)
+    tasks: list = option((), "general tasks of eval, each NAME=FILE of query/choices/gold lines (default: the tiny world's)", nargs="+", type=str)
+    steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)")
+    seed: int = option(0, "everything random comes from it")
+    device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    dtype: str = option("", "float32, bfloat16 (default: bfloat16 on cuda, float32 on a CPU)", choices=("", "float32", "bfloat16", "float16"))
+    threads: int = option(0, "CPU threads (default: torch's own choice)")
+    overwrite: bool = option(False, "do a stage again whose folder has work in it")
+    resume: bool = option(False, "keep the finished stages of --out and go on with the rest")
+    debug: bool = option(False, "show the traceback of an error")
+    train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft")
+    batch_pairs: int = option(32, "preference pairs a step of reward")
+    batch_tokens: int = option(8192, "tokens a step of pretrain and sft")
+    max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut")
+    max_prompt: int = option(512, "tokens of a PPO prompt; longer ones are left out and counted")
+    held_out: float = option(0.1, "share of the preference pairs kept for testing, split by first human turn")
+    test_pairs: int = option(500, "held-out pairs that are scored at the end of reward, at most")
+    template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
+    system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage")
+    eos: bool = option(True, "whether a response may end; the coarse stage removes EOS")
+    limit: int = option(256, "length limit of a response in tokens; where growth is not fixed, the first one")
+    limit_growth: str = option("fixed", "cm: Continuous Maximization; stepped: limit_step tokens every limit_every steps; fixed", choices=("cm", "stepped", "fixed"))
+    limit_maximum: int = option(1024, "what the limit may grow to")
+    limit_factor: float = option(1.25, "by what Continuous Maximization multiplies the limit")
+    limit_window: int = option(8, "updates it looks back on")
+    limit_threshold: float = option(0.5, "p_extend above which it extends")
+    limit_weights: list = option(ppo.CM_WEIGHTS, "its weights for " + ", ".join(ppo.CM_FEATURES), type=float)
+    limit_bias: float = option(ppo.CM_BIAS, "its bias")
+    limit_step: int = option(16, "tokens that stepped growth adds")
+    limit_every: int = option(8, "steps after which it adds them")
+    score: str = option("", "module:function that scores instead of a reward model: texts -> a number each")
+    second_score: str = option("", "module:function, logged as second_score and never trained on")
+    gamma: float = option(0.7, "share of the coarse actor in the merge")
+    gammas: list = option((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "merges that the fine stage tries on the validation set", type=float)
+    max_new_tokens: int = option(256, "tokens of a response in eval, the gamma sweep and chat")
+    temperature_chat: float = option(0.7, "sampling temperature of chat")
+
+
+# Defaults by preset; a preset's own entries under "common", then those of the stage.
+PRESETS = {
+    "tiny": {
+        "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"), prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
+                       max_new_tokens=128, limit=128, limit_maximum=128, max_length=256, max_prompt=128, dtype="float32"),
+        "pretrain": dict(steps=3000, train_lr=2e-3, batch_tokens=4096),
+        "reward": dict(steps=250, train_lr=1e-3, batch_pairs=32),
+        "sft": dict(steps=120, train_lr=5e-4, batch_tokens=4096),
+        "plus": dict(steps=30, concise=0.5, truncation_penalty=0.5),
+        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, limit=32, limit_growth="cm"),
+    },
+    "smollm2-135m": {
+        "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5, limit=96, limit_maximum=256, max_length=320, max_prompt=128, max_new_tokens=160, kl_coefficient=0.05, gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
+        "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, max_length=256, test_pairs=150),
+        "sft": dict(steps=100, train_lr=2e-5, batch_tokens=4096),
+        "plus": dict(steps=20, concise=0.5, truncation_penalty=0.5),
+        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, limit=48, limit_growth="cm", limit_window=4),
+    },
+    "mistral-7b": {
+        "common": dict(batch=64, epochs=1, minibatches=4, microbatch=4, lr=1e-6, critic_lr=5e-6, limit=512, limit_maximum=2048, max_new_tokens=1024, kl_coefficient=0.05),
+        "reward": dict(steps=2000, train_lr=5e-6, batch_pairs=64),
+        "sft": dict(steps=1000, train_lr=5e-6, batch_tokens=65536),
+        "plus": dict(steps=1000, template="hh", concise=0.5, truncation_penalty=0.5),
+        "coarse": dict(steps=1000, template="hh", eos=False, system_prompt=ANALYTICAL, limit=256, limit_growth="cm"),
+    },
+}
+
+
+# ---------------------------------------------------------------- options
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line and exit status 2, without argparse's page of usage."""
+        self.exit(2, f"c2f.py: {message} (--help lists the options)\n")
+
+
+def build_parser():
+    parser = Parser(prog="c2f.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    groups = {cls: parser.add_argument_group(title) for cls, title in ((Options, "the run, its input and its stages"), (ppo.PPOOptions, "PPO"))}
+    for f in dataclasses.fields(Options):
+        owner = ppo.PPOOptions if f.name in {g.name for g in dataclasses.fields(ppo.PPOOptions)} else Options
+        kwargs = {k: v for k, v in f.metadata.items() if k in ("choices", "nargs")}
+        kwargs["help"] = (f.metadata["help"] + ("" if f.default in ("", 0, (), False) else f" [{f.default}]")).replace("%", "%%")
+        if f.type is bool:
+            kwargs |= {"action": argparse.BooleanOptionalAction}
+        elif f.type is list:
+            of = f.metadata["type"]
+            kwargs["type"] = of if "nargs" in kwargs else lambda text, of=of: [of(x) for x in text.split(",")]
+        else:
+            kwargs["type"] = f.type
+        groups[owner].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
+    return parser
+
+
+def resolve(given, stage):
+    """The options of one stage: defaults, the preset's, the stage's, and on top what the user gave."""
+    preset = PRESETS[given.get("preset", "tiny")]
+    o = Options(**(preset["common"] | preset.get(stage, {}) | given))
+    o.out = o.out or f"runs/{o.preset}"
+    o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
+    merge.check_gamma(o.gamma)
+    for name in ("batch", "epochs", "minibatches", "microbatch", "limit", "limit_window", "max_new_tokens", "batch_pairs", "batch_tokens", "max_length"):
+        if getattr(o, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')}: {getattr(o, name)} given, at least 1 expected")
+    for name in ("steps", "lr", "critic_lr", "train_lr", "temperature", "kl_coefficient", "clip"):
+        if getattr(o, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')}: {getattr(o, name)} given, a number that is not negative expected")
+    if len(o.limit_weights) != len(ppo.CM_FEATURES):
+        raise InputError(f"--limit-weights: {len(o.limit_weights)} given, {len(ppo.CM_FEATURES)} expected")
+    if o.minibatches > o.batch:
+        raise InputError(f"--minibatches: {o.minibatches} given for a batch of {o.batch}")
+    try:
+        torch.empty(0, device=o.device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(f"--device: {o.device} cannot be used ({str(e).splitlines()[0]})") from None
+    return o
+
+
+# ---------------------------------------------------------------- run folder
+
+
+class Run:
+    """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs."""
+
+    def __init__(self, o, stage):
+        self.o, self.stage, self.folder = o, stage, Path(o.out)
+        if self.folder.is_file():
+            raise InputError(f"--out: {self.folder} is a file, a folder is expected")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.dtype = getattr(torch, o.dtype)
+
+    @property
+    def target(self):
+        return self.folder / ("base" if self.stage == "pretrain" else self.stage)
+
+    def start(self):
+        """Makes way for the stage: refuses where its folder has work in it, unless told to overwrite."""
+        if (self.target / "config.json").exists() and not self.o.overwrite:
+            raise InputError(f"--out: {self.target} has work in it; --overwrite does the stage again, --resume keeps it, another --out leaves it alone")
+        self._rewrite("metrics.jsonl")
+        self._rewrite("samples.jsonl")
+        path = self.folder / "config.json"
+        config = json.loads(path.read_text()) if path.exists() else {}
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        write_json(path, config | {self.stage: dataclasses.asdict(self.o) | {"versions": versions}})
+
+    def _rewrite(self, name):
+        """Drops the lines of an earlier try at this stage."""
+        path = self.folder / name
+        if path.exists():
+            world.write_lines(path, [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["stage"] != self.stage])
+
+    def log(self, name, row):
+        with open(self.folder / name, "a", encoding="utf-8") as f:
+            f.write(json.dumps({"stage": self.stage, **row}) + "\n")
+
+    def loop(self, step, names):
+        """Calls `step()` -> metrics o.steps times under a progress bar that shows `names`, and logs each."""
+        bar = tqdm(range(1, self.o.steps + 1), desc=self.stage, dynamic_ncols=True, file=sys.stdout)
+        for n in bar:
+            metrics = step()
+            self.log("metrics.jsonl", {"step": n, **metrics})
+            bar.set_postfix_str(" ".join(f"{label} {metrics[m]:.3g}" for m, label in names.items()))
+
+    def metrics(self):
+        """{stage: [row]} of everything logged so far."""
+        rows = {}
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            row = json.loads(line)
+            rows.setdefault(row["stage"], []).append(row)
+        return rows
+
+    def tokenizer(self, folder):
+        return load_tokenizer(locate(folder), self.o.template or None)
+
+
+def required(value, flag):
+    if not value:
+        raise InputError(f"{flag}: needed by this stage with this preset")
+    return value
+
+
+# ---------------------------------------------------------------- stages
+
+
+def pretrain(run):
+    """Next-token training of the tiny base from scratch."""
+    o = run.o
+    tokenizer = run.tokenizer(world.TINY)
+    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=256,
+                    max_position_embeddings=1024, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    model = initialize(Mistral(config), torch.Generator().manual_seed(o.seed)).to(o.device)
+    trainer = sft.Trainer(model, sft.pretrain_examples(tokenizer, world.corpus(o.seed)), o.steps, o.train_lr, o.batch_tokens, o.seed)
+    run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
+    model.save_pretrained(run.target, tokenizer.files, torch.bfloat16)
+
+
+def train_sft(run):
+    """theta_SFT: the base, fine-tuned on the answers of instruction data."""
+    o = run.o
+    base = required(o.model, "--model")
+    tokenizer = run.tokenizer(base)
+    rows = [sft.chat_example(tokenizer, m, o.max_length) for m in read_instructions(required(o.instructions, "--instructions"))]
+    model = Mistral.from_pretrained(base, o.device, run.dtype)
+    trainer = sft.Trainer(model, [r for r in rows if any(r[1])], o.steps, o.train_lr, o.batch_tokens, o.seed)
+    run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
+    model.save_pretrained(run.target, tokenizer.files)
+
+
+def train_reward(run):
+    """The harmless reward model, helpful and harmless pairs mixed; held-out accuracy by first human turn."""
+    o = run.o
+    base = required(o.model, "--model")
+    tokenizer = run.tokenizer(base)
+    rows = list(read_preferences(required(o.preferences, "--preferences")))
+    train, test = ([reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part] for part in split_by_first_turn(rows, o.held_out, o.seed))
+    train, test = ([p for p in part if p[0] != p[1]] for part in (train, test))
+    if not train or not test:
+        raise InputError(f"--preferences: {len(rows)} pairs leave {len(train)} to train on and {len(test)} to test on; more are needed")
+    model = reward.RewardModel.from_base(base, o.device, run.dtype, o.seed)
+    trainer = reward.Trainer(model, train, o.steps, o.train_lr, o.batch_pairs, tokenizer.eos_id, o.seed)
+    run.loop(trainer.step, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
+    model.eval()
+    figures = reward.accuracy(model, test[: o.test_pairs], tokenizer.eos_id)
+    run.log("metrics.jsonl", {"step": o.steps, "held_out": figures})
+    print(f"held-out pairs {figures['pairs']}: accuracy {figures['accuracy']:.3f}, without EOS {figures['accuracy_cut']:.3f}, calibration error {figures['calibration']:.3f}")
+    model.config.pad_token_id = tokenizer.pad_id
+    model.save_pretrained(run.target, tokenizer.files)
+
+
+def train_ppo(run):
+    """plus and coarse: PPO from the base; the options say what makes the difference."""
+    o = run.o
+    base = required(o.model, "--model")
+    tokenizer = run.tokenizer(base)
+    prompts = ppo_prompts(o, tokenizer)
+    actor, reference = (Mistral.from_pretrained(base, o.device, run.dtype) for _ in range(2))
+    critic = ScalarModel.from_base(base, o.device, run.dtype)
+    score = text_score(o.score, "--score", tokenizer) if o.score else model_score(run)
+    second = text_score(o.second_score, "--second-score", tokenizer) if o.second_score else None
+    sampling = dict(eos_id=tokenizer.eos_id, stop=tokenizer.stop) if o.eos else dict(forbid=(tokenizer.eos_id,))
+    trainer = ppo.PPOTrainer(actor, reference, critic, prompts, score, make_limit(o), o, o.steps, second_score=second, seed=o.seed, **sampling,
+                             describe=lambda responses: {"redundancy": sum(evaluation.redundancy(tokenizer.decode(r)) for r in responses) / len(responses)})
+
+    def step():
+        metrics, samples = trainer.step()
+        for context, ids, score, kl in samples:
+            run.log("samples.jsonl", {"step": trainer.steps_done, "prompt": context["text"], "response": tokenizer.decode(ids), "score": round(score, 3), "kl": round(kl, 2)})
+        if trainer.steps_done % 10 == 1:
+            tqdm.write(f"  [score {samples[0][2]:+.2f}, KL {samples[0][3]:.1f}] {samples[0][0]['text'][-60:].strip()} ->{tokenizer.decode(samples[0][1])[:160]}", file=sys.stdout)
+        return metrics
+
+    run.loop(step, {"reward": "reward", "kl": "KL", "length_limit": "limit", "response_length": "length", "samples_per_second": "samples/s"})
+    if isinstance(trainer.limit, ppo.ContinuousMaximization):
+        print(f"length limit {o.limit} -> {trainer.limit.limit}: {trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window")
+    actor.save_pretrained(run.target, tokenizer.files)
+
+
+def ppo_prompts(o, tokenizer):
+    """Prompts as the actor reads them, the system prompt in front, with what the score function wants to know:
+    the messages without it, since the reward model was trained on dialogues that had none."""
+    prompts, dropped = [], 0
+    system = [{"role": "system", "content": o.system_prompt}] if o.system_prompt else []
+    for text in read_prompts(required(o.prompts, "--prompts")):
+        messages = [m for m in dialogue(text) if m["role"] != "system" or not system]
+        ids = tokenizer.encode_chat(system + messages)
+        if len(ids) > o.max_prompt:
+            dropped += 1
+            continue
+        prompts.append(ppo.Prompt(ids, {"messages": messages, "text": text}))
+    if dropped:
+        print(f"{dropped} prompts of more than {o.max_prompt} tokens left out, {len(prompts)} remain (--max-prompt)")
+    if not prompts:
+        raise InputError(f"--prompts: none of {o.prompts} is within {o.max_prompt} tokens")
+    return prompts
+
+
+def make_limit(o):
+    if o.limit_growth == "fixed":
+        return ppo.FixedLimit(o.limit)
+    if o.limit_growth == "stepped":
+        return ppo.SteppedLimit(o.limit, o.limit_maximum, o.limit_step, o.limit_every)
+    # Scores are in deviations of the reference's, so a mean over a batch varies by 1/sqrt(batch) by sampling alone.
+    # The reference deviation is three of those, but at most the score's own.
+    noise = min(1.0, 3 / o.batch**0.5)
+    return ppo.ContinuousMaximization(o.limit, o.limit_maximum, o.limit_factor, o.limit_window, o.limit_threshold, noise, noise, o.limit_weights, o.limit_bias)
+
+
+def model_score(run):
+    """score_fn of the reward model: its own tokens after the messages, the response's tokens as they were sampled."""
+    o = run.o
+    folder = o.reward_model or run.folder / "reward"
+    model, tokenizer = reward.RewardModel.from_pretrained(folder, o.device, run.dtype), run.tokenizer(folder)
+    return lambda contexts, responses: model.score_rows([tokenizer.encode_chat(c["messages"]) + tokenizer.trim(r) for c, r in zip(contexts, responses)])
+
+
+class Dialogue(str):
+    """What a user's score function gets, a text: prompt and response together, each also by itself."""
+
+    prompt: str
+    response: str
+
+
+def text_score(name, flag, tokenizer):
+    """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
+    module, _, function = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as e:
+        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({e})") from None
+
+    def score(contexts, responses):
+        texts = []
+        for c, r in zip(contexts, responses):
+            response = tokenizer.decode(tokenizer.trim(r))
+            text = Dialogue(c["text"] + (" " if c["text"].endswith(":") and not response.startswith(" ") else "") + response)
+            text.prompt, text.response = c["text"], response
+            texts.append(text)
+        return call(texts)
+
+    return score
+
+
+# ---------------------------------------------------------------- merge, evaluation, report
+
+
+def world_files():
+    read = lambda name: [json.loads(line) for line in (world.TINY / name).read_text(encoding="utf-8").splitlines()]  # noqa: E731
+    return read
+
+
+def make_fine(run):
+    """The gamma sweep on a validation set, then the merge at --gamma."""
+    o = run.o
+    coarse, instruct = run.folder / "coarse", o.sft_model or run.folder / "sft"
+    tokenizer, model, score = run.tokenizer(coarse), Mistral.from_pretrained(coarse, o.device, run.dtype), sweep_score(run)
+    evaluate = sweep_evaluator(run, tokenizer, score)
+    bar = tqdm(total=len(o.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
+
+    def one(gamma, tensors):
+        fill(model, tensors)
+        values = evaluate(model)
+        bar.update()
+        bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
+        return values
+
+    results = merge.sweep(coarse, instruct, o.gammas, one)
+    bar.close()
+    merge.merge_checkpoints(coarse, instruct, run.target, o.gamma)
+    write_json(run.folder / "sweep.json", results)
+    names = list(next(iter(results.values()))) if results else []
+    print("\n".join(["gamma  " + "  ".join(n.ljust(10) for n in names)] + [f"{g:<7}" + "  ".join(f"{v[n]:<10.3f}" for n in names) for g, v in results.items()]))
+    print(f"merged at gamma {o.gamma}; the sweep's best {names[0]}: gamma {max(results, key=lambda g: results[g][names[0]])}" if results else f"merged at gamma {o.gamma}")
+
+
+def sweep_score(run):
+    """The reward model where there is one: (model, tokenizer) or None."""
+    folder = Path(run.o.reward_model) if run.o.reward_model else run.folder / "reward"
+    if not run.o.reward_model and not (folder / "config.json").exists():
+        return None
+    model, tokenizer = reward.RewardModel.from_pretrained(folder, run.o.device, run.dtype), run.tokenizer(folder)
+
+    def score(dialogues, responses):
+        messages = [[m for m in d if m["role"] != "system"] for d in dialogues]
+        return model.score_rows([tokenizer.encode_chat(m) + r for m, r in zip(messages, responses)])
+
+    return score
+
+
+def sweep_evaluator(run, tokenizer, score):
+    """What the sweep measures: on the tiny world correct answers, elsewhere the reward of held-out prompts."""
+    o = run.o
+    if o.preset == "tiny":
+        questions = world_files()("validation.jsonl")
+        dialogues = [dialogue(q["prompt"]) for q in questions]
+    else:
+        questions = None
+        prompts = ppo_prompts(dataclasses.replace(o, system_prompt=""), tokenizer)
+        dialogues = [p.context["messages"] for p in random.Random(o.seed).sample(prompts, min(16, len(prompts)))]
+
+    def evaluate(model):
+        answers = evaluation.respond(model, tokenizer, dialogues, o.max_new_tokens, seed=o.seed)
+        texts = [tokenizer.decode(ids) for ids, _ in answers]
+        mean = lambda xs: sum(xs) / len(texts)  # noqa: E731
+        values = {}
+        if questions:
+            values["accuracy"] = mean([world.check(q["steps"], q["answer"], " " + t.strip())[1] for q, t in zip(questions, texts)])
+        if score:
+            values["reward"] = mean(score(dialogues, [ids + [tokenizer.eos_id] * ended for ids, ended in answers]).tolist())
+        return values | {"ended_rate": mean([ended for _, ended in answers]), "redundancy": mean(map(evaluation.redundancy, texts)), "length": mean([len(ids) for ids, _ in answers])}
+
+    return evaluate
+
+
+def evaluate_models(run):
+    """Every model of the run, or of --models, on the same questions: results.json and results.md."""
+    o, read = run.o, world_files()
+    names = dict(m.partition("=")[::2] for m in o.models) or {"base": o.model, **{s: str(run.folder / s) for s in ("sft", "plus", "coarse", "fine")}}
+    files = dict(t.partition("=")[::2] for t in o.tasks) or {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+    tasks = {name: evaluation.read_task(file) for name, file in files.items()}
+    score, results, examples = sweep_score(run), {}, {}
+    bar = tqdm(names.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
+    for name, folder in bar:
+        bar.set_postfix_str(name)
+        tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
+        acts = PRESETS[o.preset]["coarse"] if name == "coarse" else {}  # the coarse actor is asked as it was trained to act
+        *results[name], examples[name] = evaluation.evaluate(
+            model, tokenizer, questions=read("questions.jsonl"), check=world.check, tasks=tasks, toxicity=read("toxicity.jsonl"), bad_words=world.BAD_WORDS, max_new_tokens=o.max_new_tokens,
+            score=score, system=acts.get("system_prompt", ""), eos=acts.get("eos", True), seed=o.seed)
+    print(evaluation.write_results(run.folder, results))
+    write_json(run.folder / "examples.json", examples)
+
+
+def report(run):
+    """report.png from what the run has so far."""
+    read = lambda name: json.loads((run.folder / name).read_text()) if (run.folder / name).exists() else {}  # noqa: E731
+    evaluation.draw_report(run.folder / "report.png", run.metrics(), read("results.json"), read("sweep.json"))
+    print(f"{run.folder / 'report.png'}")
+
+
+def chat(run):
+    """A conversation on the terminal with OUT/fine, or with --model where it is given."""
+    o = run.o
+    folder = run.folder / "fine" if (run.folder / "fine/config.json").exists() and o.model == PRESETS[o.preset]["common"].get("model", "") else required(o.model, "--model")
+    tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
+    messages = [{"role": "system", "content": o.system_prompt}] if o.system_prompt else []
+    print(f"{folder}; an empty line or Ctrl-D ends")
+    while True:
+        try:
+            text = input("you: ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        (ids, _), = evaluation.respond(model, tokenizer, [messages], o.max_new_tokens, eos=o.eos, temperature=o.temperature_chat, seed=o.seed + len(messages))
+        messages.append({"role": "assistant", "content": tokenizer.decode(tokenizer.trim(ids)).strip()})
+        print("model:", messages[-1]["content"])
+
+
+DO = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo, "coarse": train_ppo, "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
+MAKES = {"eval": "results.json", "report": "report.png"}
+
+
+def finished(folder, stage):
+    return (folder / MAKES.get(stage, f"{stage}/config.json")).exists()
+
+
+def run_stage(given, stage):
+    """One stage, and on the tiny preset those before it whose output is missing."""
+    o = resolve(given, stage)
+    folder = Path(o.out)
+    overridden = {"reward": o.reward_model or o.score and stage in ("plus", "coarse"), "sft": o.sft_model if stage == "fine" else o.models, "plus": o.models, "coarse": o.models, "fine": o.models}
+    for earlier in NEEDS.get(stage, ()):
+        if not finished(folder, earlier) and not overridden.get(earlier):
+            if o.preset != "tiny":
+                raise InputError(f"--stage {stage}: {folder / earlier} is missing; python c2f.py --stage {earlier} --preset {o.preset} --out {folder} ... makes it")
+            print(f"{stage} needs {folder / earlier}, which is missing: running --stage {earlier} first")
+            run_stage({k: v for k, v in given.items() if k != "steps"}, earlier)
+    run = Run(o, stage)
+    if o.threads:
+        torch.set_num_threads(o.threads)
+    torch.manual_seed(o.seed)
+    if stage != "chat" and stage not in MAKES:
+        run.start()
+    started = time.time()
+    DO[stage](run)
+    if stage not in ("chat", "report"):
+        print(f"{stage}: {time.time() - started:.0f} s", flush=True)
+
+
+def main(argv=None):
+    given = vars(build_parser().parse_args(argv))
+    stage = given.get("stage", "all")
+    try:
+        folder = Path(resolve(given, stage).out)
+        for one in IN_ALL if stage == "all" else (stage,):
+            if given.get("resume") and finished(folder, one) and one not in MAKES:
+                print(f"{one}: kept, {folder / one} is finished")
+            else:
+                run_stage(given, one)
+    except InputError as e:
+        if given.get("debug"):
+            raise
+        print(f"c2f.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+"""Data: readers of the public formats (`readers.py`), and a small synthetic world to train on (`world.py`)."""
+from data.readers import (dialogue, hh_prompt, read_instructions, read_preferences, read_prompts,
+                          split_by_first_turn)

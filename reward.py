@@ -1,0 +1,113 @@
+"""The harmless reward model of Mistral-Plus: a scalar on the trunk, trained on preference pairs.
+
+    loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected))
+
+r is read at the last real token. Whether an answer ended properly or was cut by a limit decides a part of
+the score, so the model must have seen both: every pair is shown with EOS after both answers or after
+neither, at random (PPO_DETAILS 3, 4, 27).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import ScalarModel, by_length, make_optimizer, pad_right, save
+
+
+def preference_loss(chosen, rejected):
+    """Mean of -log sigmoid(chosen - rejected), scores (B,) each (Bradley-Terry; InstructGPT eq. 1)."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+class RewardModel(ScalarModel):
+    """`score(tokens, mask)` -> one number a row. Saved as MistralForSequenceClassification."""
+
+    @classmethod
+    def from_base(cls, path_or_id, device="cpu", dtype=torch.float32, seed=0):
+        """The trunk of a language model under a new head of deviation 1/sqrt(C+1), which after RMSNorm gives
+        scores of about unit variance (lm-human-preferences)."""
+        model = super().from_base(path_or_id, device, dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+        nn.init.normal_(model.head.weight, 0.0, (model.config.hidden_size + 1) ** -0.5, generator=generator)
+        return model
+
+    def score(self, tokens, mask):
+        """tokens (B, T), mask (B, T), padded on either side -> raw scores (B,), fp32, at the last real token."""
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        last = (places * mask).amax(1)  # (B,)
+        hidden = self.model(tokens, mask)  # (B, T, C)
+        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])[:, 0].float()
+
+    @torch.no_grad()
+    def score_rows(self, rows, batch_tokens=16384):
+        """Raw scores (N,) of id lists of any lengths, on the CPU, read in batches of similar lengths."""
+        scores = torch.zeros(len(rows))
+        for batch in by_length([len(r) for r in rows], batch_tokens, torch.Generator().manual_seed(0)):
+            tokens, mask = pad_right([rows[i] for i in batch], self.device)
+            scores[batch] = self.score(tokens, mask).cpu()
+        return scores
+
+    def save_pretrained(self, folder, files=()):
+        save(self, folder, files, num_labels=1, id2label={"0": "reward"}, label2id={"reward": 0})
+
+
+def encode_pair(tokenizer, messages, chosen, rejected, max_length):
+    """(prompt + chosen, prompt + rejected) as ids without an ending; of a prompt too long for
+    `max_length` the start is dropped, of an answer the end."""
+    answers = [tokenizer.encode_chat(messages + [{"role": "assistant", "content": a}], add_generation_prompt=False) for a in (chosen, rejected)]
+    prompt = len(tokenizer.encode_chat(messages))
+    return [strip_end(ids, tokenizer)[max(0, prompt - max_length // 2) :][:max_length] for ids in answers]
+
+
+def strip_end(ids, tokenizer):
+    """The ids up to the last EOS, where the template closes an answer with one (and maybe a newline)."""
+    for back in (1, 2):
+        if len(ids) > back and ids[-back] == tokenizer.eos_id:
+            return ids[:-back]
+    return ids
+
+
+class Trainer:
+    """Trains on `pairs`, a list of (chosen ids, rejected ids) without EOS; one `step()` is one optimizer step
+    on `batch_pairs` pairs. A pair gets `eos_id` after both answers half of the time."""
+
+    def __init__(self, model, pairs, steps, lr, batch_pairs, eos_id, seed=0, max_grad_norm=1.0):
+        self.model, self.pairs, self.batch_pairs, self.eos_id, self.max_grad_norm = model.train(), pairs, batch_pairs, eos_id, max_grad_norm
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer, self.schedule = make_optimizer([model], lr, steps, weight_decay=0.01)
+        self.order = []
+
+    def batch(self):
+        if len(self.order) < self.batch_pairs:
+            self.order = torch.randperm(len(self.pairs), generator=self.generator).tolist()
+        taken, self.order = self.order[: self.batch_pairs], self.order[self.batch_pairs :]
+        with_eos = (torch.rand(len(taken), generator=self.generator) < 0.5).tolist()
+        endings = [[self.eos_id] if e else [] for e in with_eos]
+        return [self.pairs[i][side] + e for side in (0, 1) for i, e in zip(taken, endings)]
+
+    def step(self):
+        """One optimizer step. Returns {"loss", "accuracy", "margin", "grad_norm"} of its batch."""
+        tokens, mask = pad_right(self.batch(), self.model.device)
+        chosen, rejected = self.model.score(tokens, mask).chunk(2)
+        loss = preference_loss(chosen, rejected)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        margin = (chosen - rejected).detach()
+        return {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item(), "margin": margin.mean().item(), "grad_norm": norm.item()}
+
+
+def accuracy(model, pairs, eos_id):
+    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration",
+    "pairs"}: with EOS after both, with none, and the mean gap between the probability that the model gives
+    its preferred answer and how often it is right, over ten equal bins of that probability."""
+    margins = {}
+    for name, ending in (("accuracy", [eos_id]), ("accuracy_cut", [])):
+        scores = model.score_rows([side + ending for pair in pairs for side in pair]).view(-1, 2)
+        margins[name] = scores[:, 0] - scores[:, 1]
+    margin = margins["accuracy"]
+    confidence, right = margin.abs().sigmoid(), (margin > 0).float()
+    gap = sum(abs((confidence[i] - right[i]).mean().item()) * len(i) for i in confidence.argsort().tensor_split(10) if len(i))
+    return {**{name: (m > 0).float().mean().item() for name, m in margins.items()}, "calibration": gap / len(pairs), "pairs": len(pairs)}

@@ -1,0 +1,82 @@
+"""Next-token training: the tiny base model (`pretrain`) and the instruction model theta_SFT (`sft`).
+
+    loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t
+
+with m = 1 on every token of a document when pretraining, and on the tokens of the answers alone (their
+EOS included) when fine-tuning on instructions. Documents never share a row, so no token attends to
+another document; they are batched by length instead, which leaves little padding.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from model import by_length, make_optimizer, pad_right
+
+
+def chat_example(tokenizer, messages, max_length):
+    """(ids, loss mask) of a dialogue: the answers' tokens count, the rest is context. Cut at `max_length`.
+
+    The tokens of an answer are those that the dialogue up to and with it has beyond its generation prompt.
+    """
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.encode_chat(messages[:i])
+            ids = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            mask += [False] * (len(prompt) - len(mask)) + [True] * (len(ids) - len(prompt))
+    return ids[:max_length], mask[:max_length]
+
+
+class Trainer:
+    """Trains `model` on `examples`, a list of (ids, loss mask) or a function that draws the next list; one
+    `step()` is one optimizer step on about `batch_tokens` tokens, drawn at random and read in four parts of
+    similar lengths, so that little padding is computed and every batch is a fair sample."""
+
+    def __init__(self, model, examples, steps, lr, batch_tokens, seed=0, weight_decay=0.1, max_grad_norm=1.0):
+        self.model, self.batch_tokens, self.max_grad_norm = model.train(), batch_tokens, max_grad_norm
+        self.draw = examples if callable(examples) else lambda: examples
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer, self.schedule = make_optimizer([model], lr, steps, weight_decay=weight_decay)
+        self.queue = []
+
+    def batch(self):
+        rows, tokens = [], 0
+        while tokens < self.batch_tokens:
+            if not self.queue:
+                examples = self.draw()
+                self.queue = [examples[i] for i in torch.randperm(len(examples), generator=self.generator).tolist()]
+            rows.append(self.queue.pop())
+            tokens += len(rows[-1][0])
+        return rows
+
+    def step(self):
+        """One optimizer step. Returns {"loss", "grad_norm", "tokens"}: nats a counted token, their number."""
+        rows, total = self.batch(), 0.0
+        count = sum(sum(m[1:]) for _, m in rows)  # the first token of a row is never predicted
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in by_length([len(ids) for ids, _ in rows], self.batch_tokens // 4, self.generator):
+            loss = self.loss([rows[i] for i in part]) / count
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return {"loss": total, "grad_norm": norm.item(), "tokens": count}
+
+    def loss(self, rows):
+        """Cross entropy summed over the counted tokens of `rows`."""
+        tokens, mask = pad_right([ids for ids, _ in rows], self.model.device)  # (B, T)
+        counted = pad_right([m for _, m in rows], self.model.device, value=False)[0][:, 1:]  # (B, T-1)
+        hidden = self.model.model(tokens, mask)[:, :-1]  # (B, T-1, C)
+        logits = self.model.lm_head(hidden[counted])  # (N, V): no logits where nothing is learnt
+        return F.cross_entropy(logits.float(), tokens[:, 1:][counted], reduction="sum")
+
+
+def pretrain_examples(tokenizer, documents, count=4096):
+    """A function that draws the next `count` documents as (ids, mask): BOS, the text, EOS, all learnt."""
+
+    def draw():
+        rows = ([tokenizer.bos_id] + tokenizer.encode(next(documents)) + [tokenizer.eos_id] for _ in range(count))
+        return [(ids, [True] * len(ids)) for ids in rows]
+
+    return draw
