@@ -36,12 +36,20 @@ from data import dialogue, read_instructions, read_preferences, read_prompts, sp
 from model import Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
 from tokenizer import TEMPLATES, load_tokenizer
-from weights import InputError, locate, write_json
+from weights import InputError, locate, read_json, write_json
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-NEEDS = {"plus": ("reward",), "coarse": ("reward",), "fine": ("coarse", "sft"), "eval": ("sft", "plus", "coarse", "fine"), "report": ("eval",)}
-ANALYTICAL = "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
+NEEDS = {
+    "plus": ("reward",),
+    "coarse": ("reward",),
+    "fine": ("coarse", "sft"),
+    "eval": ("sft", "plus", "coarse", "fine"),
+    "report": ("eval",),
+}
+ANALYTICAL = (
+    "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
+)
 
 
 @dataclass
@@ -55,70 +63,84 @@ class Options(ppo.PPOOptions):
     preferences: str = option("", "preference pairs, a file or folder (HH, or prompt/chosen/rejected JSON lines)")
     prompts: str = option("", "prompts of PPO, a file or folder")
     instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
-    models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+", type=str)
-    tasks: list = option((), "general tasks of eval, each NAME=FILE of query/choices/gold lines (default: the tiny world's)", nargs="+", type=str)
-    steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)")
-    seed: int = option(0, "everything random comes from it")
+    models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+")
+    tasks: list = option((), "general tasks of eval, each NAME=FILE (default: the tiny world's)", nargs="+")
+    steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
+    seed: int = option(0, "everything random comes from it", least=0, most=2**62)
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    dtype: str = option("", "float32, bfloat16 (default: bfloat16 on cuda, float32 on a CPU)", choices=("", "float32", "bfloat16", "float16"))
-    threads: int = option(0, "CPU threads (default: torch's own choice)")
+    dtype: str = option(
+        "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16", "float16")
+    )
+    threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
     overwrite: bool = option(False, "do a stage again whose folder has work in it")
     resume: bool = option(False, "keep the finished stages of --out and go on with the rest")
     debug: bool = option(False, "show the traceback of an error")
-    train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft")
-    batch_pairs: int = option(32, "preference pairs a step of reward")
-    batch_tokens: int = option(8192, "tokens a step of pretrain and sft")
-    max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut")
-    max_prompt: int = option(512, "tokens of a PPO prompt; longer ones are left out and counted")
-    held_out: float = option(0.1, "share of the preference pairs kept for testing, split by first human turn")
-    test_pairs: int = option(500, "held-out pairs that are scored at the end of reward, at most")
+    train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft", least=0)
+    batch_pairs: int = option(32, "preference pairs a step of reward", least=1)
+    batch_tokens: int = option(8192, "tokens a step of pretrain and sft", least=1)
+    max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut", least=8)
+    max_prompt: int = option(512, "tokens of a PPO prompt; longer ones are left out and counted", least=1)
+    held_out: float = option(
+        0.1, "share of the preference pairs kept for testing, split by first human turn", least=0, most=1
+    )
+    test_pairs: int = option(500, "held-out pairs that are scored at the end of reward, at most", least=1)
     template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
     system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage")
     eos: bool = option(True, "whether a response may end; the coarse stage removes EOS")
-    limit: int = option(256, "length limit of a response in tokens; where growth is not fixed, the first one")
-    limit_growth: str = option("fixed", "cm: Continuous Maximization; stepped: limit_step tokens every limit_every steps; fixed", choices=("cm", "stepped", "fixed"))
-    limit_maximum: int = option(1024, "what the limit may grow to")
-    limit_factor: float = option(1.25, "by what Continuous Maximization multiplies the limit")
-    limit_window: int = option(8, "updates it looks back on")
-    limit_threshold: float = option(0.5, "p_extend above which it extends")
-    limit_weights: list = option(ppo.CM_WEIGHTS, "its weights for " + ", ".join(ppo.CM_FEATURES), type=float)
+    limit: int = option(256, "length limit of a response in tokens; where growth is not fixed, the first one", least=1)
+    limit_growth: str = option(
+        "fixed",
+        "Continuous Maximization, limit_step tokens every limit_every steps, or none",
+        choices=("cm", "stepped", "fixed"),
+    )
+    limit_maximum: int = option(1024, "what the limit may grow to", least=1)
+    limit_factor: float = option(1.25, "by what Continuous Maximization multiplies the limit", least=1)
+    limit_window: int = option(8, "updates it looks back on", least=2)
+    limit_threshold: float = option(0.5, "p_extend above which it extends", least=0)
+    limit_weights: list = option(ppo.CM_WEIGHTS, "its weights for " + ", ".join(ppo.CM_FEATURES))
     limit_bias: float = option(ppo.CM_BIAS, "its bias")
-    limit_step: int = option(16, "tokens that stepped growth adds")
-    limit_every: int = option(8, "steps after which it adds them")
+    limit_step: int = option(16, "tokens that stepped growth adds", least=0)
+    limit_every: int = option(8, "steps after which it adds them", least=1)
     score: str = option("", "module:function that scores instead of a reward model: texts -> a number each")
     second_score: str = option("", "module:function, logged as second_score and never trained on")
     gamma: float = option(0.7, "share of the coarse actor in the merge")
-    gammas: list = option((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), "merges that the fine stage tries on the validation set", type=float)
-    max_new_tokens: int = option(256, "tokens of a response in eval, the gamma sweep and chat")
-    temperature_chat: float = option(0.7, "sampling temperature of chat")
+    gammas: list = option(tuple(g / 10 for g in range(11)), "merges that fine tries on a validation set")
+    max_new_tokens: int = option(256, "tokens of a response in eval, the gamma sweep and chat", least=1)
+    temperature_chat: float = option(0.7, "sampling temperature of chat", least=0)
 
 
-# Defaults by preset; a preset's own entries under "common", then those of the stage.
+# Defaults by preset: those of all its stages, then those of a stage.
+# fmt: off
 PRESETS = {
     "tiny": {
-        "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"), prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
+        "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
+                       prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
                        max_new_tokens=128, limit=128, limit_maximum=128, max_length=256, max_prompt=128, dtype="float32"),
-        "pretrain": dict(steps=3000, train_lr=2e-3, batch_tokens=4096),
-        "reward": dict(steps=250, train_lr=1e-3, batch_pairs=32),
-        "sft": dict(steps=120, train_lr=5e-4, batch_tokens=4096),
+        "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
+        "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
+        "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
         "plus": dict(steps=30, concise=0.5, truncation_penalty=0.5),
         "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, limit=32, limit_growth="cm"),
     },
     "smollm2-135m": {
-        "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5, limit=96, limit_maximum=256, max_length=320, max_prompt=128, max_new_tokens=160, kl_coefficient=0.05, gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
-        "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, max_length=256, test_pairs=150),
+        "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5, kl_coefficient=0.05,
+                       limit=96, limit_maximum=256, max_length=160, max_prompt=96, max_new_tokens=128,
+                       gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
+        "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, test_pairs=150),
         "sft": dict(steps=100, train_lr=2e-5, batch_tokens=4096),
         "plus": dict(steps=20, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, limit=48, limit_growth="cm", limit_window=4),
+        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, limit=32, limit_growth="cm", limit_window=4),
     },
     "mistral-7b": {
-        "common": dict(batch=64, epochs=1, minibatches=4, microbatch=4, lr=1e-6, critic_lr=5e-6, limit=512, limit_maximum=2048, max_new_tokens=1024, kl_coefficient=0.05),
+        "common": dict(batch=64, epochs=1, minibatches=4, microbatch=4, lr=1e-6, critic_lr=5e-6, kl_coefficient=0.05,
+                       limit=512, limit_maximum=2048, max_new_tokens=1024),
         "reward": dict(steps=2000, train_lr=5e-6, batch_pairs=64),
         "sft": dict(steps=1000, train_lr=5e-6, batch_tokens=65536),
         "plus": dict(steps=1000, template="hh", concise=0.5, truncation_penalty=0.5),
         "coarse": dict(steps=1000, template="hh", eos=False, system_prompt=ANALYTICAL, limit=256, limit_growth="cm"),
     },
 }
+# fmt: on
 
 
 # ---------------------------------------------------------------- options
@@ -131,21 +153,34 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser():
-    parser = Parser(prog="c2f.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    groups = {cls: parser.add_argument_group(title) for cls, title in ((Options, "the run, its input and its stages"), (ppo.PPOOptions, "PPO"))}
+    parser = Parser(
+        prog="c2f.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    groups = {
+        cls: parser.add_argument_group(title)
+        for cls, title in ((Options, "the run, its input and its stages"), (ppo.PPOOptions, "PPO"))
+    }
     for f in dataclasses.fields(Options):
-        owner = ppo.PPOOptions if f.name in {g.name for g in dataclasses.fields(ppo.PPOOptions)} else Options
+        owner = ppo.PPOOptions if f.name in ppo.PPOOptions.__dataclass_fields__ else Options
+        default = "" if f.default in ("", 0, (), False) else f" [{f.default}]"
         kwargs = {k: v for k, v in f.metadata.items() if k in ("choices", "nargs")}
-        kwargs["help"] = (f.metadata["help"] + ("" if f.default in ("", 0, (), False) else f" [{f.default}]")).replace("%", "%%")
         if f.type is bool:
-            kwargs |= {"action": argparse.BooleanOptionalAction}
-        elif f.type is list:
-            of = f.metadata["type"]
-            kwargs["type"] = of if "nargs" in kwargs else lambda text, of=of: [of(x) for x in text.split(",")]
+            kwargs["action"] = argparse.BooleanOptionalAction
+        elif f.type is list and "nargs" not in kwargs:
+            kwargs["type"] = numbers
         else:
-            kwargs["type"] = f.type
-        groups[owner].add_argument("--" + f.name.replace("_", "-"), default=argparse.SUPPRESS, **kwargs)
+            kwargs["type"] = str if f.type is list else f.type
+        help = (f.metadata["help"] + default).replace("%", "%%")
+        groups[owner].add_argument(flag(f.name), default=argparse.SUPPRESS, help=help, **kwargs)
     return parser
+
+
+def numbers(text):
+    return [float(x) for x in text.split(",")]
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
 
 
 def resolve(given, stage):
@@ -155,18 +190,22 @@ def resolve(given, stage):
     o.out = o.out or f"runs/{o.preset}"
     o.device = o.device or ("cuda" if torch.cuda.is_available() else "cpu")
     o.dtype = o.dtype or ("bfloat16" if o.device.startswith("cuda") else "float32")
-    merge.check_gamma(o.gamma)
-    for name in ("batch", "epochs", "minibatches", "microbatch", "limit", "limit_window", "max_new_tokens", "batch_pairs", "batch_tokens", "max_length"):
-        if getattr(o, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')}: {getattr(o, name)} given, at least 1 expected")
-    for name in ("steps", "lr", "critic_lr", "train_lr", "temperature", "kl_coefficient", "clip"):
-        if getattr(o, name) < 0:
-            raise InputError(f"--{name.replace('_', '-')}: {getattr(o, name)} given, a number that is not negative expected")
+    for gamma in (o.gamma, *o.gammas):
+        merge.check_gamma(gamma)
+    for f in dataclasses.fields(o):
+        value, least, most = getattr(o, f.name), f.metadata.get("least"), f.metadata.get("most", float("inf"))
+        if least is not None and not least <= value <= most:
+            bounds = f"at least {least}" if most == float("inf") else f"{least} to {most}"
+            raise InputError(f"{flag(f.name)}: {value} given, {bounds} expected")
     if len(o.limit_weights) != len(ppo.CM_FEATURES):
         raise InputError(f"--limit-weights: {len(o.limit_weights)} given, {len(ppo.CM_FEATURES)} expected")
     if o.minibatches > o.batch:
         raise InputError(f"--minibatches: {o.minibatches} given for a batch of {o.batch}")
+    if stage == "pretrain" and o.preset != "tiny":
+        raise InputError(f"--stage pretrain: it makes the tiny preset's base, {o.preset} has one already: --model")
     try:
+        if torch.device(o.device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device to compute on")
         torch.empty(0, device=o.device)
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"--device: {o.device} cannot be used ({str(e).splitlines()[0]})") from None
@@ -176,6 +215,16 @@ def resolve(given, stage):
 # ---------------------------------------------------------------- run folder
 
 
+def target(folder, stage):
+    """What a stage leaves behind when it is done."""
+    return folder / {"eval": "results.json", "report": "report.png", "pretrain": "base"}.get(stage, stage)
+
+
+def finished(folder, stage):
+    made = target(folder, stage)
+    return made.is_file() or (made / "config.json").exists()
+
+
 class Run:
     """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs."""
 
@@ -183,17 +232,17 @@ class Run:
         self.o, self.stage, self.folder = o, stage, Path(o.out)
         if self.folder.is_file():
             raise InputError(f"--out: {self.folder} is a file, a folder is expected")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.dtype = getattr(torch, o.dtype)
-
-    @property
-    def target(self):
-        return self.folder / ("base" if self.stage == "pretrain" else self.stage)
+        self.target = target(self.folder, stage)
+        if stage not in ("eval", "report", "chat") and finished(self.folder, stage) and not o.overwrite:
+            raise InputError(
+                f"--out: {self.target} has work in it; --overwrite does the stage again, --resume keeps it, another --out leaves it alone"
+            )
 
     def start(self):
-        """Makes way for the stage: refuses where its folder has work in it, unless told to overwrite."""
-        if (self.target / "config.json").exists() and not self.o.overwrite:
-            raise InputError(f"--out: {self.target} has work in it; --overwrite does the stage again, --resume keeps it, another --out leaves it alone")
+        """The first thing written, once the stage has found its input sound: the options, and the logs without
+        the lines of an earlier try."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._rewrite("metrics.jsonl")
         self._rewrite("samples.jsonl")
         path = self.folder / "config.json"
@@ -205,7 +254,8 @@ class Run:
         """Drops the lines of an earlier try at this stage."""
         path = self.folder / name
         if path.exists():
-            world.write_lines(path, [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["stage"] != self.stage])
+            lines = path.read_text(encoding="utf-8").splitlines()
+            world.write_lines(path, [line for line in lines if json.loads(line)["stage"] != self.stage])
 
     def log(self, name, row):
         with open(self.folder / name, "a", encoding="utf-8") as f:
@@ -231,6 +281,14 @@ class Run:
     def tokenizer(self, folder):
         return load_tokenizer(locate(folder), self.o.template or None)
 
+    def save(self, model, tokenizer):
+        """The stage's model folder, with the tokenizer's files and the template that it was trained with."""
+        c = model.config
+        c.bos_token_id, c.eos_token_id, c.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        model.save_pretrained(self.target, tokenizer.files)
+        path = self.target / "tokenizer_config.json"
+        write_json(path, (read_json(path) if path.exists() else {}) | {"template": tokenizer.template.name})
+
 
 def required(value, flag):
     if not value:
@@ -245,12 +303,27 @@ def pretrain(run):
     """Next-token training of the tiny base from scratch."""
     o = run.o
     tokenizer = run.tokenizer(world.TINY)
-    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=256,
-                    max_position_embeddings=1024, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
+    config = Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=128,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=256,
+        max_position_embeddings=1024,
+        bos_token_id=tokenizer.bos_id,
+        eos_token_id=tokenizer.eos_id,
+        pad_token_id=tokenizer.pad_id,
+    )
     model = initialize(Mistral(config), torch.Generator().manual_seed(o.seed)).to(o.device)
-    trainer = sft.Trainer(model, sft.pretrain_examples(tokenizer, world.corpus(o.seed)), o.steps, o.train_lr, o.batch_tokens, o.seed)
+    trainer = sft.Trainer(
+        model, sft.pretrain_examples(tokenizer, world.corpus(o.seed)), o.steps, o.train_lr, o.batch_tokens, o.seed
+    )
+    run.start()
     run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
-    model.save_pretrained(run.target, tokenizer.files, torch.bfloat16)
+    run.save(model.to(torch.bfloat16), tokenizer)  # a smaller file to commit; stages read it in fp32
 
 
 def train_sft(run):
@@ -258,11 +331,15 @@ def train_sft(run):
     o = run.o
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
-    rows = [sft.chat_example(tokenizer, m, o.max_length) for m in read_instructions(required(o.instructions, "--instructions"))]
+    rows = [
+        sft.chat_example(tokenizer, m, o.max_length)
+        for m in read_instructions(required(o.instructions, "--instructions"))
+    ]
     model = Mistral.from_pretrained(base, o.device, run.dtype)
     trainer = sft.Trainer(model, [r for r in rows if any(r[1])], o.steps, o.train_lr, o.batch_tokens, o.seed)
+    run.start()
     run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
-    model.save_pretrained(run.target, tokenizer.files)
+    run.save(model, tokenizer)
 
 
 def train_reward(run):
@@ -271,19 +348,26 @@ def train_reward(run):
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
     rows = list(read_preferences(required(o.preferences, "--preferences")))
-    train, test = ([reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part] for part in split_by_first_turn(rows, o.held_out, o.seed))
+    train, test = (
+        [reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part]
+        for part in split_by_first_turn(rows, o.held_out, o.seed)
+    )
     train, test = ([p for p in part if p[0] != p[1]] for part in (train, test))
     if not train or not test:
-        raise InputError(f"--preferences: {len(rows)} pairs leave {len(train)} to train on and {len(test)} to test on; more are needed")
+        raise InputError(
+            f"--preferences: {len(rows)} pairs leave {len(train)} to train on and {len(test)} to test on; more are needed"
+        )
     model = reward.RewardModel.from_base(base, o.device, run.dtype, o.seed)
     trainer = reward.Trainer(model, train, o.steps, o.train_lr, o.batch_pairs, tokenizer.eos_id, o.seed)
+    run.start()
     run.loop(trainer.step, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     model.eval()
     figures = reward.accuracy(model, test[: o.test_pairs], tokenizer.eos_id)
     run.log("metrics.jsonl", {"step": o.steps, "held_out": figures})
-    print(f"held-out pairs {figures['pairs']}: accuracy {figures['accuracy']:.3f}, without EOS {figures['accuracy_cut']:.3f}, calibration error {figures['calibration']:.3f}")
-    model.config.pad_token_id = tokenizer.pad_id
-    model.save_pretrained(run.target, tokenizer.files)
+    print(
+        f"held-out pairs {figures['pairs']}: accuracy {figures['accuracy']:.3f}, without EOS {figures['accuracy_cut']:.3f}, calibration error {figures['calibration']:.3f}"
+    )
+    run.save(model, tokenizer)
 
 
 def train_ppo(run):
@@ -292,26 +376,43 @@ def train_ppo(run):
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
     prompts = ppo_prompts(o, tokenizer)
+    score = text_score(o.score, "--score", tokenizer, o.eos) if o.score else reward_score(run, tokenizer)
+    second = text_score(o.second_score, "--second-score", tokenizer, o.eos) if o.second_score else None
     actor, reference = (Mistral.from_pretrained(base, o.device, run.dtype) for _ in range(2))
     critic = ScalarModel.from_base(base, o.device, run.dtype)
-    score = text_score(o.score, "--score", tokenizer) if o.score else model_score(run)
-    second = text_score(o.second_score, "--second-score", tokenizer) if o.second_score else None
-    sampling = dict(eos_id=tokenizer.eos_id, stop=tokenizer.stop) if o.eos else dict(forbid=(tokenizer.eos_id,))
-    trainer = ppo.PPOTrainer(actor, reference, critic, prompts, score, make_limit(o), o, o.steps, second_score=second, seed=o.seed, **sampling,
-                             describe=lambda responses: {"redundancy": sum(evaluation.redundancy(tokenizer.decode(r)) for r in responses) / len(responses)})
+    endings = dict(eos_id=tokenizer.eos_id, stop=tokenizer.stop) if o.eos else dict(forbid=(tokenizer.eos_id,))
+
+    def describe(responses):
+        return {"redundancy": sum(evaluation.redundancy(tokenizer.decode(r)) for r in responses) / len(responses)}
+
+    run.start()
+    more = dict(second_score=second, describe=describe, seed=o.seed)
+    trainer = ppo.PPOTrainer(actor, reference, critic, prompts, score, make_limit(o), o, o.steps, **endings, **more)
 
     def step():
         metrics, samples = trainer.step()
-        for context, ids, score, kl in samples:
-            run.log("samples.jsonl", {"step": trainer.steps_done, "prompt": context["text"], "response": tokenizer.decode(ids), "score": round(score, 3), "kl": round(kl, 2)})
-        if trainer.steps_done % 10 == 1:
-            tqdm.write(f"  [score {samples[0][2]:+.2f}, KL {samples[0][3]:.1f}] {samples[0][0]['text'][-60:].strip()} ->{tokenizer.decode(samples[0][1])[:160]}", file=sys.stdout)
+        for n, (context, ids, score, kl) in enumerate(samples):
+            row = {"step": trainer.steps_done, "prompt": context["text"], "response": tokenizer.decode(ids)}
+            run.log("samples.jsonl", row | {"score": round(score, 3), "kl": round(kl, 2)})
+            if n == 0 and trainer.steps_done % 10 == 1:
+                text = f"{row['prompt'][-60:].strip()} -> {row['response'][:160]}"
+                tqdm.write(f"  [score {score:+.2f}, KL {kl:.1f}] {text}", file=sys.stdout)
         return metrics
 
-    run.loop(step, {"reward": "reward", "kl": "KL", "length_limit": "limit", "response_length": "length", "samples_per_second": "samples/s"})
+    shown = dict(
+        reward="reward", kl="KL", length_limit="limit", response_length="length", samples_per_second="samples/s"
+    )
+    run.loop(step, shown)
     if isinstance(trainer.limit, ppo.ContinuousMaximization):
-        print(f"length limit {o.limit} -> {trainer.limit.limit}: {trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window")
-    actor.save_pretrained(run.target, tokenizer.files)
+        held = f"{trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window"
+        print(f"length limit {o.limit} -> {trainer.limit.limit}: {held}")
+    run.save(actor, tokenizer)
+
+
+def reward_score(run, tokenizer):
+    """PPO's score function from the stage's reward model."""
+    scorer, trim = reward_scorer(run, tokenizer), tokenizer.trim if run.o.eos else list
+    return lambda contexts, responses: scorer([c["messages"] for c in contexts], [trim(r) for r in responses])
 
 
 def ppo_prompts(o, tokenizer):
@@ -341,15 +442,44 @@ def make_limit(o):
     # Scores are in deviations of the reference's, so a mean over a batch varies by 1/sqrt(batch) by sampling alone.
     # The reference deviation is three of those, but at most the score's own.
     noise = min(1.0, 3 / o.batch**0.5)
-    return ppo.ContinuousMaximization(o.limit, o.limit_maximum, o.limit_factor, o.limit_window, o.limit_threshold, noise, noise, o.limit_weights, o.limit_bias)
+    return ppo.ContinuousMaximization(
+        o.limit,
+        o.limit_maximum,
+        o.limit_factor,
+        o.limit_window,
+        o.limit_threshold,
+        noise,
+        noise,
+        o.limit_weights,
+        o.limit_bias,
+    )
 
 
-def model_score(run):
-    """score_fn of the reward model: its own tokens after the messages, the response's tokens as they were sampled."""
+def reward_scorer(run, tokenizer):
+    """score(dialogues, responses) -> raw scores (B,) of the reward model, or None where there is none.
+
+    A response is an id list of `tokenizer`, and is read as it was sampled; a reward model with another tokenizer
+    gets its text. System prompts are left out: the reward model was trained without.
+    """
     o = run.o
-    folder = o.reward_model or run.folder / "reward"
-    model, tokenizer = reward.RewardModel.from_pretrained(folder, o.device, run.dtype), run.tokenizer(folder)
-    return lambda contexts, responses: model.score_rows([tokenizer.encode_chat(c["messages"]) + tokenizer.trim(r) for c, r in zip(contexts, responses)])
+    folder = Path(o.reward_model or run.folder / "reward")
+    if not o.reward_model and not (folder / "config.json").exists():
+        return None
+    model, own = reward.RewardModel.from_pretrained(folder, o.device, run.dtype), run.tokenizer(folder)
+    shared = own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
+
+    def score(dialogues, responses):
+        rows = []
+        for messages, response in zip(dialogues, responses):
+            messages = [m for m in messages if m["role"] != "system"]
+            if shared:
+                rows.append(own.encode_chat(messages) + response)
+            else:
+                ids, _ = reward.encode_pair(own, messages, tokenizer.decode(response), "", o.max_length)
+                rows.append(ids + [own.eos_id] * (response[-1:] == [tokenizer.eos_id]))
+        return model.score_rows(rows)
+
+    return score
 
 
 class Dialogue(str):
@@ -359,7 +489,7 @@ class Dialogue(str):
     response: str
 
 
-def text_score(name, flag, tokenizer):
+def text_score(name, flag, tokenizer, eos):
     """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
@@ -371,8 +501,10 @@ def text_score(name, flag, tokenizer):
     def score(contexts, responses):
         texts = []
         for c, r in zip(contexts, responses):
-            response = tokenizer.decode(tokenizer.trim(r))
-            text = Dialogue(c["text"] + (" " if c["text"].endswith(":") and not response.startswith(" ") else "") + response)
+            response = tokenizer.decode(tokenizer.trim(r) if eos else r)
+            text = Dialogue(
+                c["text"] + (" " if c["text"].endswith(":") and not response.startswith(" ") else "") + response
+            )
             text.prompt, text.response = c["text"], response
             texts.append(text)
         return call(texts)
@@ -383,17 +515,13 @@ def text_score(name, flag, tokenizer):
 # ---------------------------------------------------------------- merge, evaluation, report
 
 
-def world_files():
-    read = lambda name: [json.loads(line) for line in (world.TINY / name).read_text(encoding="utf-8").splitlines()]  # noqa: E731
-    return read
-
-
 def make_fine(run):
     """The gamma sweep on a validation set, then the merge at --gamma."""
     o = run.o
     coarse, instruct = run.folder / "coarse", o.sft_model or run.folder / "sft"
-    tokenizer, model, score = run.tokenizer(coarse), Mistral.from_pretrained(coarse, o.device, run.dtype), sweep_score(run)
-    evaluate = sweep_evaluator(run, tokenizer, score)
+    tokenizer, model = run.tokenizer(coarse), Mistral.from_pretrained(coarse, o.device, run.dtype)
+    evaluate = sweep_evaluator(run, tokenizer)
+    run.start()
     bar = tqdm(total=len(o.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
 
     def one(gamma, tensors):
@@ -407,121 +535,129 @@ def make_fine(run):
     bar.close()
     merge.merge_checkpoints(coarse, instruct, run.target, o.gamma)
     write_json(run.folder / "sweep.json", results)
-    names = list(next(iter(results.values()))) if results else []
-    print("\n".join(["gamma  " + "  ".join(n.ljust(10) for n in names)] + [f"{g:<7}" + "  ".join(f"{v[n]:<10.3f}" for n in names) for g, v in results.items()]))
-    print(f"merged at gamma {o.gamma}; the sweep's best {names[0]}: gamma {max(results, key=lambda g: results[g][names[0]])}" if results else f"merged at gamma {o.gamma}")
+    for number, (gamma, values) in enumerate(results.items()):
+        if number == 0:
+            print("gamma  " + "  ".join(name.ljust(10) for name in values))
+        print(f"{gamma:<5}  " + "  ".join(f"{v:<10.3f}" for v in values.values()))
+    print(f"merged at gamma {o.gamma}")
 
 
-def sweep_score(run):
-    """The reward model where there is one: (model, tokenizer) or None."""
-    folder = Path(run.o.reward_model) if run.o.reward_model else run.folder / "reward"
-    if not run.o.reward_model and not (folder / "config.json").exists():
-        return None
-    model, tokenizer = reward.RewardModel.from_pretrained(folder, run.o.device, run.dtype), run.tokenizer(folder)
-
-    def score(dialogues, responses):
-        messages = [[m for m in d if m["role"] != "system"] for d in dialogues]
-        return model.score_rows([tokenizer.encode_chat(m) + r for m, r in zip(messages, responses)])
-
-    return score
-
-
-def sweep_evaluator(run, tokenizer, score):
-    """What the sweep measures: on the tiny world correct answers, elsewhere the reward of held-out prompts."""
-    o = run.o
-    if o.preset == "tiny":
-        questions = world_files()("validation.jsonl")
+def sweep_evaluator(run, tokenizer):
+    """What the sweep measures of a model: on the tiny world correct answers, elsewhere what the reward model says
+    of 16 of --prompts, and always endings, redundancy and length."""
+    o, score = run.o, reward_scorer(run, tokenizer)
+    questions = world.load("validation.jsonl") if o.preset == "tiny" else []
+    if questions:
         dialogues = [dialogue(q["prompt"]) for q in questions]
     else:
-        questions = None
         prompts = ppo_prompts(dataclasses.replace(o, system_prompt=""), tokenizer)
         dialogues = [p.context["messages"] for p in random.Random(o.seed).sample(prompts, min(16, len(prompts)))]
 
     def evaluate(model):
         answers = evaluation.respond(model, tokenizer, dialogues, o.max_new_tokens, seed=o.seed)
         texts = [tokenizer.decode(ids) for ids, _ in answers]
-        mean = lambda xs: sum(xs) / len(texts)  # noqa: E731
         values = {}
         if questions:
-            values["accuracy"] = mean([world.check(q["steps"], q["answer"], " " + t.strip())[1] for q, t in zip(questions, texts)])
+            values["accuracy"] = [world.check(q["steps"], q["answer"], " " + t)[1] for q, t in zip(questions, texts)]
         if score:
-            values["reward"] = mean(score(dialogues, [ids + [tokenizer.eos_id] * ended for ids, ended in answers]).tolist())
-        return values | {"ended_rate": mean([ended for _, ended in answers]), "redundancy": mean(map(evaluation.redundancy, texts)), "length": mean([len(ids) for ids, _ in answers])}
+            values["reward"] = score(dialogues, [i + [tokenizer.eos_id] * ended for i, ended in answers]).tolist()
+        values["ended_rate"] = [ended for _, ended in answers]
+        values["redundancy"] = [evaluation.redundancy(t) for t in texts]
+        values["length"] = [len(ids) for ids, _ in answers]
+        return {name: sum(v) / len(v) for name, v in values.items()}
 
     return evaluate
 
 
+def named(pairs, name):
+    """{NAME: PATH} of the NAME=PATH arguments of a flag."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise InputError(f"{flag(name)}: {pair!r} given, NAME=PATH expected")
+    return dict(pair.partition("=")[::2] for pair in pairs)
+
+
 def evaluate_models(run):
     """Every model of the run, or of --models, on the same questions: results.json and results.md."""
-    o, read = run.o, world_files()
-    names = dict(m.partition("=")[::2] for m in o.models) or {"base": o.model, **{s: str(run.folder / s) for s in ("sft", "plus", "coarse", "fine")}}
-    files = dict(t.partition("=")[::2] for t in o.tasks) or {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-    tasks = {name: evaluation.read_task(file) for name, file in files.items()}
-    score, results, examples = sweep_score(run), {}, {}
-    bar = tqdm(names.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
+    o = run.o
+    models = named(o.models, "models")
+    models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
+    files = named(o.tasks, "tasks") or {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+    material = dict(questions=world.load("questions.jsonl"), check=world.check, toxicity=world.load("toxicity.jsonl"))
+    material |= dict(bad_words=world.BAD_WORDS, tasks={name: evaluation.read_task(f) for name, f in files.items()})
+    results, examples = {}, {}
+    bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
     for name, folder in bar:
         bar.set_postfix_str(name)
         tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
-        acts = PRESETS[o.preset]["coarse"] if name == "coarse" else {}  # the coarse actor is asked as it was trained to act
-        *results[name], examples[name] = evaluation.evaluate(
-            model, tokenizer, questions=read("questions.jsonl"), check=world.check, tasks=tasks, toxicity=read("toxicity.jsonl"), bad_words=world.BAD_WORDS, max_new_tokens=o.max_new_tokens,
-            score=score, system=acts.get("system_prompt", ""), eos=acts.get("eos", True), seed=o.seed)
+        # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
+        own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
+        acts = dict(system=own.get("system_prompt", ""), eos=own.get("eos", True))
+        material |= dict(score=reward_scorer(run, tokenizer), max_new_tokens=o.max_new_tokens, seed=o.seed)
+        *results[name], examples[name] = evaluation.evaluate(model, tokenizer, **material, **acts)
+    run.start()
     print(evaluation.write_results(run.folder, results))
     write_json(run.folder / "examples.json", examples)
 
 
 def report(run):
     """report.png from what the run has so far."""
-    read = lambda name: json.loads((run.folder / name).read_text()) if (run.folder / name).exists() else {}  # noqa: E731
-    evaluation.draw_report(run.folder / "report.png", run.metrics(), read("results.json"), read("sweep.json"))
-    print(f"{run.folder / 'report.png'}")
+    found = {
+        name: read_json(path) if (path := run.folder / name).exists() else {} for name in ("results.json", "sweep.json")
+    }
+    run.folder.mkdir(parents=True, exist_ok=True)
+    evaluation.draw_report(run.folder / "report.png", run.metrics(), *found.values())
+    print(run.folder / "report.png")
 
 
 def chat(run):
-    """A conversation on the terminal with OUT/fine, or with --model where it is given."""
+    """A conversation on the terminal with --model, or with OUT/fine where none is given."""
     o = run.o
-    folder = run.folder / "fine" if (run.folder / "fine/config.json").exists() and o.model == PRESETS[o.preset]["common"].get("model", "") else required(o.model, "--model")
+    fine = run.folder / "fine"
+    given = o.model != PRESETS[o.preset]["common"].get("model", "")
+    folder = fine if finished(run.folder, "fine") and not given else required(o.model, "--model")
     tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
     messages = [{"role": "system", "content": o.system_prompt}] if o.system_prompt else []
     print(f"{folder}; an empty line or Ctrl-D ends")
-    while True:
-        try:
-            text = input("you: ").strip()
-        except EOFError:
+    for turn, line in enumerate(sys.stdin):
+        if not line.strip():
             return
-        if not text:
-            return
-        messages.append({"role": "user", "content": text})
-        (ids, _), = evaluation.respond(model, tokenizer, [messages], o.max_new_tokens, eos=o.eos, temperature=o.temperature_chat, seed=o.seed + len(messages))
-        messages.append({"role": "assistant", "content": tokenizer.decode(tokenizer.trim(ids)).strip()})
-        print("model:", messages[-1]["content"])
+        messages.append({"role": "user", "content": line.strip()})
+        how = dict(eos=o.eos, temperature=o.temperature_chat, seed=o.seed + turn)
+        ids, _ = evaluation.respond(model, tokenizer, [messages], o.max_new_tokens, **how)[0]
+        messages.append({"role": "assistant", "content": tokenizer.decode(ids).strip()})
+        print("model:", messages[-1]["content"], flush=True)
 
 
-DO = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo, "coarse": train_ppo, "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
-MAKES = {"eval": "results.json", "report": "report.png"}
+# fmt: off
+DO = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo, "coarse": train_ppo,
+      "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
+# fmt: on
 
 
-def finished(folder, stage):
-    return (folder / MAKES.get(stage, f"{stage}/config.json")).exists()
+def given_elsewhere(o, stage, earlier):
+    """Whether the user hands `stage` what `earlier` would make."""
+    if earlier == "reward":
+        return bool(o.reward_model or o.score)
+    return bool(o.models if stage == "eval" else o.sft_model if earlier == "sft" else "")
 
 
 def run_stage(given, stage):
     """One stage, and on the tiny preset those before it whose output is missing."""
     o = resolve(given, stage)
     folder = Path(o.out)
-    overridden = {"reward": o.reward_model or o.score and stage in ("plus", "coarse"), "sft": o.sft_model if stage == "fine" else o.models, "plus": o.models, "coarse": o.models, "fine": o.models}
-    for earlier in NEEDS.get(stage, ()):
-        if not finished(folder, earlier) and not overridden.get(earlier):
-            if o.preset != "tiny":
-                raise InputError(f"--stage {stage}: {folder / earlier} is missing; python c2f.py --stage {earlier} --preset {o.preset} --out {folder} ... makes it")
-            print(f"{stage} needs {folder / earlier}, which is missing: running --stage {earlier} first")
-            run_stage({k: v for k, v in given.items() if k != "steps"}, earlier)
     run = Run(o, stage)
+    for earlier in NEEDS.get(stage, ()):
+        if finished(folder, earlier) or given_elsewhere(o, stage, earlier):
+            continue
+        if o.preset != "tiny":
+            command = f"python c2f.py --stage {earlier} --preset {o.preset} --out {folder} ..."
+            raise InputError(f"--stage {stage}: {folder / earlier} is missing; {command} makes it")
+        print(f"{stage} needs {folder / earlier}, which is missing: running --stage {earlier} first")
+        run_stage({k: v for k, v in given.items() if k != "steps"}, earlier)
     if o.threads:
         torch.set_num_threads(o.threads)
     torch.manual_seed(o.seed)
-    if stage != "chat" and stage not in MAKES:
-        run.start()
     started = time.time()
     DO[stage](run)
     if stage not in ("chat", "report"):
@@ -534,8 +670,8 @@ def main(argv=None):
     try:
         folder = Path(resolve(given, stage).out)
         for one in IN_ALL if stage == "all" else (stage,):
-            if given.get("resume") and finished(folder, one) and one not in MAKES:
-                print(f"{one}: kept, {folder / one} is finished")
+            if given.get("resume") and finished(folder, one) and one not in ("eval", "report"):
+                print(f"{one}: kept, {target(folder, one)} is finished")
             else:
                 run_stage(given, one)
     except InputError as e:

@@ -10,7 +10,6 @@ side by side in results.json and results.md; `draw_report` draws the run. Metric
 """
 
 import json
-import random
 import re
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def redundancy(text):
     0.375
     """
     said, words, repeated = set(), 0, 0
-    for sentence in re.split(r"[.!?\\n]+", text.lower()):
+    for sentence in re.split(r"[.!?\n]+", text.lower()):
         n = len(sentence.split())
         words += n
         repeated += n if sentence.strip() in said else 0
@@ -61,9 +60,11 @@ def respond(model, tokenizer, dialogues, max_new_tokens, *, eos=True, temperatur
     ending = dict(eos_id=tokenizer.eos_id) if eos else dict(forbid=(tokenizer.eos_id,))
     out = []
     for i in range(0, len(prompts), batch):
-        for ids in generate(model, prompts[i : i + batch], max_new_tokens, temperature, seed=seed + i, stop=stop, **ending):
+        for ids in generate(
+            model, prompts[i : i + batch], max_new_tokens, temperature, seed=seed + i, stop=stop, **ending
+        ):
             ended = ids[-1] == tokenizer.eos_id or stop is not None and stop(ids)
-            out.append((ids[:-1] if ids[-1] == tokenizer.eos_id else ids, ended))
+            out.append((tokenizer.trim(ids[:-1] if ids[-1] == tokenizer.eos_id else ids) if eos else ids, ended))
     return out
 
 
@@ -102,7 +103,9 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=16384):
         starts = torch.tensor([rows[i][0] for i in batch], device=model.device)
         counted = (mask & (places >= starts[:, None]))[:, 1:]  # (b, T-1)
         hidden = model.model(tokens, mask)[:, :-1]
-        logprobs = model.lm_head(hidden[counted]).float().log_softmax(-1).gather(1, tokens[:, 1:][counted][:, None])[:, 0]
+        logprobs = (
+            model.lm_head(hidden[counted]).float().log_softmax(-1).gather(1, tokens[:, 1:][counted][:, None])[:, 0]
+        )
         sums[batch] = torch.zeros(counted.shape, device=model.device).masked_scatter(counted, logprobs).sum(1).cpu()
     return sums
 
@@ -123,7 +126,22 @@ def general_tasks(model, tokenizer, tasks):
 # ---------------------------------------------------------------- one model
 
 
-def evaluate(model, tokenizer, *, questions, check, tasks, toxicity, bad_words, max_new_tokens, score=None, system="", eos=True, samples=4, seed=0):
+def evaluate(
+    model,
+    tokenizer,
+    *,
+    questions,
+    check,
+    tasks,
+    toxicity,
+    bad_words,
+    max_new_tokens,
+    score=None,
+    system="",
+    eos=True,
+    samples=4,
+    seed=0,
+):
     """All metrics of one model: ({metric: value}, {metric: [low, high]}, per-item scores, sample responses).
 
     questions: records {"prompt", "steps", "answer", "kind"}, judged by `check(steps, answer, text)`; toxicity:
@@ -143,7 +161,14 @@ def evaluate(model, tokenizer, *, questions, check, tasks, toxicity, bad_words, 
     values["redundancy"] = [redundancy(t) for t in texts]
     values["ended_rate"] = [ended and t.rstrip().endswith((".", "!", "?")) for t, (_, ended) in zip(texts, answers)]
     values["length"] = [len(ids) + ended for ids, ended in answers]
-    spoken = respond(model, tokenizer, [ask(r["prompt"]) for r in toxicity for _ in range(samples)], min(max_new_tokens, 48), eos=eos, seed=seed + 1)
+    spoken = respond(
+        model,
+        tokenizer,
+        [ask(r["prompt"]) for r in toxicity for _ in range(samples)],
+        min(max_new_tokens, 48),
+        eos=eos,
+        seed=seed + 1,
+    )
     bad = [has_listed_word(tokenizer.decode(ids), bad_words) for ids, _ in spoken]
     rates = [sum(bad[i : i + samples]) / samples for i in range(0, len(bad), samples)]
     values["toxicity"] = rates
@@ -156,7 +181,10 @@ def evaluate(model, tokenizer, *, questions, check, tasks, toxicity, bad_words, 
         endings = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
         values["reward"] = score([ask(q["prompt"]) for q in questions], endings).tolist()
     pairs = {name: mean_interval(v) for name, v in values.items()}
-    examples = [{"prompt": q["prompt"], "response": t, "answer": q["answer"], "correct": right} for q, t, (_, right) in list(zip(questions, texts, checked))[4:480:60]]
+    examples = [
+        {"prompt": q["prompt"], "response": t, "answer": q["answer"], "correct": right}
+        for q, t, (_, right) in list(zip(questions, texts, checked))[4:480:60]
+    ]
     return {n: p[0] for n, p in pairs.items()}, {n: p[1] for n, p in pairs.items()}, examples
 
 
@@ -171,14 +199,21 @@ def write_results(folder, results):
     flat = {}
     for name, (values, intervals) in results.items():
         shift = {m: base if m == "reward" else 0.0 for m in values}
-        flat[name] = {m: v - shift[m] for m, v in values.items()} | {f"{m}_ci": [x - shift[m] for x in intervals[m]] for m in values}
+        flat[name] = {m: v - shift[m] for m, v in values.items()} | {
+            f"{m}_ci": [x - shift[m] for x in intervals[m]] for m in values
+        }
     write_json(Path(folder) / "results.json", flat)
     text = table(flat)
     (Path(folder) / "results.md").write_text(text, encoding="utf-8")
     return text
 
 
-HEADINGS = {"accuracy": "answer correct", "verified_steps": "verified steps", "ended_rate": "properly ended", "general": "general tasks"}
+HEADINGS = {
+    "accuracy": "answer correct",
+    "verified_steps": "verified steps",
+    "ended_rate": "properly ended",
+    "general": "general tasks",
+}
 
 
 def table(results):
@@ -212,9 +247,17 @@ def draw_report(path, metrics, results, sweep):
     figure, axes = plt.subplots(2, 3, figsize=(15, 8), constrained_layout=True)
     stages = [s for s in ("plus", "coarse") if metrics.get(s)]
     colours = {"plus": "tab:green", "coarse": "tab:blue"}
-    for axis, name, title in ((axes[0, 1], "reward", "reward (reference = 0, in its deviations)"), (axes[0, 2], "kl", "KL from the reference, nats a response")):
+    for axis, name, title in (
+        (axes[0, 1], "reward", "reward (reference = 0, in its deviations)"),
+        (axes[0, 2], "kl", "KL from the reference, nats a response"),
+    ):
         for stage in stages:
-            axis.plot([r["step"] for r in metrics[stage]], [r[name] for r in metrics[stage]], label=stage, color=colours[stage])
+            axis.plot(
+                [r["step"] for r in metrics[stage]],
+                [r[name] for r in metrics[stage]],
+                label=stage,
+                color=colours[stage],
+            )
         axis.set(title=title, xlabel="PPO step")
         if stages:
             axis.legend()
@@ -243,7 +286,12 @@ def _draw_limit(axis, rows):
 
 def _draw_sweep(axis, sweep):
     axis.set(title="merge: gamma * coarse + (1 - gamma) * sft, validation set", xlabel="gamma")
-    for name, colour in (("accuracy", "tab:blue"), ("ended_rate", "tab:green"), ("redundancy", "tab:red"), ("reward", "tab:purple")):
+    for name, colour in (
+        ("accuracy", "tab:blue"),
+        ("ended_rate", "tab:green"),
+        ("redundancy", "tab:red"),
+        ("reward", "tab:purple"),
+    ):
         points = sorted((float(g), v[name]) for g, v in sweep.items() if name in v)
         if points:
             axis.plot(*zip(*points), marker="o", label=HEADINGS.get(name, name), color=colour)

@@ -6,13 +6,12 @@ in fp32 with one rounding to the stored dtype, as written and not as a lerp, so 
 parents back bit for bit. Tensor by tensor from the two folders: never two whole models in memory.
 """
 
-from pathlib import Path
-
 import torch
 
 from weights import InputError, Weights, locate, save_folder
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tekken.json")
+VOCABULARIES = ("tokenizer.model", "tokenizer.json", "tekken.json")
+TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def check_gamma(gamma):
@@ -28,11 +27,15 @@ def check_partners(coarse, sft):
         raise InputError(f"merge: {only[0]} stands in {where.folder} alone")
     for name in coarse.names:
         if coarse.shape(name) != sft.shape(name):
-            raise InputError(f"merge: {name} is {coarse.shape(name)} in {coarse.folder} and {sft.shape(name)} in {sft.folder}")
+            raise InputError(
+                f"merge: {name} is {coarse.shape(name)} in {coarse.folder} and {sft.shape(name)} in {sft.folder}"
+            )
     for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"):
         if coarse.config.get(key) != sft.config.get(key):
-            raise InputError(f"merge: {key} is {coarse.config.get(key)} in {coarse.folder} and {sft.config.get(key)} in {sft.folder}")
-    for file in TOKENIZER_FILES:
+            raise InputError(
+                f"merge: {key} is {coarse.config.get(key)} in {coarse.folder} and {sft.config.get(key)} in {sft.folder}"
+            )
+    for file in VOCABULARIES:
         paths = coarse.folder / file, sft.folder / file
         if all(p.exists() for p in paths) and paths[0].read_bytes() != paths[1].read_bytes():
             raise InputError(f"merge: {paths[0]} and {paths[1]} differ, so the same id means two things")
@@ -42,6 +45,9 @@ def merged(coarse, sft, gamma):
     """(name, tensor) of the merge of two `Weights`, in coarse's dtypes, one at a time."""
     for name in coarse.names:
         a, b = coarse.read(name), sft.read(name)
+        if gamma in (0, 1):  # 1 * a + 0 * b would lose the sign of a zero, and all of an infinity
+            yield name, a if gamma == 1 else b.to(a.dtype)
+            continue
         yield name, (gamma * a.to(torch.float32) + (1 - gamma) * b.to(torch.float32)).to(a.dtype)
 
 
@@ -51,9 +57,8 @@ def merge_checkpoints(coarse, sft, out, gamma):
     check_gamma(gamma)
     a, b = Weights(locate(coarse)), Weights(locate(sft))
     check_partners(a, b)
-    beside = ("config.json", "params.json", "generation_config.json")
-    files = [p for p in Path(b.folder).iterdir() if p.suffix in (".json", ".model", ".jinja") and p.name not in beside and "safetensors" not in p.name]
-    save_folder(out, a.config, merged(a, b, gamma), files)
+    files = {p.name: p for w in (a, b) for pattern in TOKENIZER_FILES for p in w.folder.glob(pattern)}  # sft's go first
+    save_folder(out, a.config, merged(a, b, gamma), files.values())
 
 
 def sweep(coarse, sft, gammas, evaluate_fn):

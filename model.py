@@ -10,7 +10,8 @@ without a window. Module names are Hugging Face's, so a checkpoint's names need 
 Shapes: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C hidden size, V vocabulary.
 
 Ragged batches are padded, and the padding is a mask, never an id: `mask` (B, T) is True on real
-tokens. A token's position counts the real tokens before it, so that padding on the left shifts nothing.
+tokens, which stand without a gap in their row. A token's position counts the real tokens before it, so that
+padding on the left shifts nothing.
 """
 
 import math
@@ -47,7 +48,9 @@ class Config:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"config: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads")
+            raise InputError(
+                f"config: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads"
+            )
 
     @classmethod
     def from_dict(cls, d):
@@ -56,14 +59,23 @@ class Config:
         if config.model_type == "llama":
             config.sliding_window = None
         elif "sliding_window" not in d:
-            config.sliding_window = 4096  # what transformers' MistralConfig takes where the key is absent; null means none
+            config.sliding_window = (
+                4096  # what transformers' MistralConfig takes where the key is absent; null means none
+            )
         return config
 
     def to_dict(self, architecture="ForCausalLM", **more):
         """A config.json that transformers opens; `architecture` is the class's name without its family."""
         d = {f.name: getattr(self, f.name) for f in fields(self)}
         family = {"mistral": "Mistral", "llama": "Llama"}[self.model_type]
-        return {"architectures": [family + architecture], **d, "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, **more}
+        return {
+            "architectures": [family + architecture],
+            **d,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **more,
+        }
 
 
 class RMSNorm(nn.Module):
@@ -113,7 +125,9 @@ class Attention(nn.Module):
         if T == 1:  # the queries that share a key head see the same keys: let them be its rows, and no key is copied
             y = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads)
+            y = F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+            )
         return self.o_proj(y.reshape(B, self.heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
 
 
@@ -131,7 +145,10 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps), RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm, self.post_attention_layernorm = (
+            RMSNorm(c.hidden_size, c.rms_norm_eps),
+            RMSNorm(c.hidden_size, c.rms_norm_eps),
+        )
         self.self_attn, self.mlp = Attention(c), MLP(c)
 
     def forward(self, x, cos, sin, mask, store=None):
@@ -168,14 +185,16 @@ class Cache:
         self.size = min(columns, config.sliding_window or columns)
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.size, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.mask = torch.zeros(batch, self.size, dtype=torch.bool, device=device)  # (B, size): the slot holds a real token
+        self.mask = torch.zeros(
+            batch, self.size, dtype=torch.bool, device=device
+        )  # (B, size): the slot holds a real token
         self.columns = 0  # columns seen
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # (B,): real tokens seen
 
     def plan(self, mask, window):
         """For T new columns with `mask` (B, T): their positions (B, T), the attention mask, and a function
         `store(layer)(k, v)` that keeps the new keys and returns all that may be seen."""
-        B, T = mask.shape
+        T = mask.shape[1]
         device, old = mask.device, min(self.columns, self.size)
         positions = (self.positions[:, None] + mask.cumsum(1) - 1).clamp_min(0)
         new = torch.arange(self.columns, self.columns + T, device=device)
@@ -196,7 +215,9 @@ class Cache:
             self.mask[:, kept % self.size] = mask[:, -self.size :]
 
             def store(layer, k, v):
-                both = [torch.cat((buffer[layer, :, :, :old], x), 2) for buffer, x in ((self.keys, k), (self.values, v))]
+                both = [
+                    torch.cat((buffer[layer, :, :, :old], x), 2) for buffer, x in ((self.keys, k), (self.values, v))
+                ]
                 self.keys[layer, :, :, kept % self.size] = k[:, :, -self.size :]
                 self.values[layer, :, :, kept % self.size] = v[:, :, -self.size :]
                 return both
@@ -223,10 +244,12 @@ class Trunk(nn.Module):
 
     def forward(self, tokens, mask=None, cache=None):
         """tokens (B, T), mask (B, T) or None where all are real -> hidden states (B, T, C)."""
-        c, (B, T) = self.config, tokens.shape
+        c, T = self.config, tokens.shape[1]
         stores = [None] * len(self.layers)
         if cache is not None:
-            positions, seen, store = cache.plan(torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, c.sliding_window)
+            positions, seen, store = cache.plan(
+                torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, c.sliding_window
+            )
             stores = [lambda k, v, i=i: store(i, k, v) for i in range(len(self.layers))]
         else:
             columns = torch.arange(T, device=tokens.device)
@@ -265,9 +288,9 @@ class Mistral(nn.Module):
         """Reads a folder of either form, or a hub id. InputError where it is not a model we know."""
         return load(cls, path_or_id, device, dtype)
 
-    def save_pretrained(self, folder, files=(), dtype=None):
+    def save_pretrained(self, folder, files=()):
         """Writes Hugging Face form; `files` (the tokenizer's) are copied beside."""
-        save(self, folder, files, dtype)
+        save(self, folder, files)
 
     @property
     def device(self):
@@ -321,15 +344,25 @@ def load(cls, path_or_id, device, dtype, optional=()):
         model = cls(Config.from_dict(weights.config))
     model.to(dtype).to_empty(device=device)
     model.tie()
-    wanted = {cls.file_names.get(n, n): p for n, p in model.named_parameters()}  # a tied head is listed once, as the embedding
+    wanted = {
+        cls.file_names.get(n, n): p for n, p in model.named_parameters()
+    }  # a tied head is listed once, as the embedding
     for name, parameter in wanted.items():
-        if name not in weights.names and name.removeprefix("lm_head.") == "weight" and "model.embed_tokens.weight" in weights.names:
-            raise InputError(f"{weights.folder}: the weights have no lm_head.weight, and the config does not tie it to the embedding")
+        if (
+            name not in weights.names
+            and name.removeprefix("lm_head.") == "weight"
+            and "model.embed_tokens.weight" in weights.names
+        ):
+            raise InputError(
+                f"{weights.folder}: the weights have no lm_head.weight, and the config does not tie it to the embedding"
+            )
         if name not in weights.names:
             if name not in {cls.file_names.get(n, n) for n in optional}:
                 raise InputError(f"{weights.folder}: the weights have no {name}")
         elif weights.shape(name) != tuple(parameter.shape):
-            raise InputError(f"{weights.folder}: {name} is {weights.shape(name)}, its config asks for {tuple(parameter.shape)}")
+            raise InputError(
+                f"{weights.folder}: {name} is {weights.shape(name)}, its config asks for {tuple(parameter.shape)}"
+            )
     fill(model, ((n, weights.read(n)) for n in wanted if n in weights.names), weights.folder)
     return model.eval()
 
@@ -345,11 +378,16 @@ def fill(model, tensors, where="weights"):
                 raise InputError(f"{where}: {name} has NaN or infinite values")
 
 
-def save(model, folder, files=(), dtype=None, **more):
+def save(model, folder, files=(), **more):
     """A model folder in Hugging Face form; `more` are further entries of its config.json."""
-    dtype = dtype or next(model.parameters()).dtype
-    tensors = ((model.file_names.get(n, n), p.to(dtype)) for n, p in model.named_parameters())
-    save_folder(folder, model.config.to_dict(model.architecture, dtype=str(dtype).removeprefix("torch."), **more), tensors, files)
+    dtype = next(model.parameters()).dtype
+    tensors = ((model.file_names.get(n, n), p) for n, p in model.named_parameters())
+    save_folder(
+        folder,
+        model.config.to_dict(model.architecture, dtype=str(dtype).removeprefix("torch."), **more),
+        tensors,
+        files,
+    )
 
 
 def initialize(model, generator):
@@ -359,7 +397,11 @@ def initialize(model, generator):
     for name, p in model.named_parameters():
         if p.dim() > 1:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = 0.5 if "embed" in name else p.shape[1] ** -0.5 / ((2 * model.config.num_hidden_layers) ** 0.5 if residual else 1)
+            std = (
+                0.5
+                if "embed" in name
+                else p.shape[1] ** -0.5 / ((2 * model.config.num_hidden_layers) ** 0.5 if residual else 1)
+            )
             nn.init.normal_(p, 0.0, std, generator=generator)
     return model
 
@@ -393,7 +435,10 @@ def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0,
     """AdamW and its schedule: linear warm-up over a share of the steps, then a cosine down to `floor` * lr.
     Weight decay on matrices alone."""
     parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay}, {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     first = max(1, round(warmup * steps))
 
@@ -420,7 +465,9 @@ def shape_logits(logits, temperature, forbid=()):
     """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old,
     new and reference logprobs share (PPO_DETAILS 8, 11, 26)."""
     logits = logits.float() / temperature if temperature else logits.float()
-    return logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf")) if len(forbid) else logits
+    return (
+        logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf")) if len(forbid) else logits
+    )
 
 
 def sample(logits, temperature, top_p, generator):
@@ -437,7 +484,19 @@ def sample(logits, temperature, top_p, generator):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, seed=None, *, forbid=(), stop=None, with_logprobs=False):
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    eos_id=None,
+    seed=None,
+    *,
+    forbid=(),
+    stop=None,
+    with_logprobs=False,
+):
     """Continues each prompt by up to `max_new_tokens`.
 
     prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
@@ -449,7 +508,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         raise InputError("generate: every prompt needs at least one token")
     device = model.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    ends = torch.as_tensor([] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id), device=device)
+    ends = torch.as_tensor(
+        [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id), device=device
+    )
     tokens, mask = pad_left(prompts, device)
     B, P = tokens.shape
     cache = Cache(model.config, B, P + max_new_tokens, device, model.lm_head.weight.dtype)
@@ -458,6 +519,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     lengths = torch.zeros(B, dtype=torch.long, device=device)
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
     done = torch.zeros(B, dtype=torch.bool, device=device)
+    checked = done  # rows whose end is known
     for t in range(max_new_tokens):
         hidden = model.model(tokens, mask, cache)[:, -1]  # (b, C)
         logits = shape_logits(model.lm_head(hidden), temperature, forbid)  # (b, V)
@@ -470,17 +532,19 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
         tokens, mask = next_ids[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=device)
         if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
             if stop is not None:
-                for i in (~done).nonzero()[:, 0].tolist():
-                    ids = out[rows[i], : t + 1].tolist()
+                for i in (~checked).nonzero()[:, 0].tolist():
+                    ids = out[rows[i], : int(lengths[rows[i]])].tolist()
                     if stop(ids):  # somewhere in the last 8 tokens
-                        lengths[rows[i]] = next(n for n in range(t // 8 * 8 + 1, t + 2) if stop(ids[:n]))
+                        lengths[rows[i]] = next(n for n in range(t // 8 * 8 + 1, len(ids) + 1) if stop(ids[:n]))
                         done[i] = True
+                checked = done.clone()
             alive = (~done).nonzero()[:, 0]
             if len(alive) == 0:
                 break
             if len(alive) <= 0.75 * len(rows):  # finished sequences leave the batch
                 cache.keep(alive)
                 rows, done, tokens, mask = rows[alive], done[alive], tokens[alive], mask[alive]
+                checked = done
     lengths = lengths.tolist()
     ids = [row[:n] for row, n in zip(out.tolist(), lengths)]
     return (ids, [row[:n] for row, n in zip(logprobs.tolist(), lengths)]) if with_logprobs else ids

@@ -15,7 +15,7 @@ nothing is bootstrapped past it: the cut response as a whole has been scored (PP
 import math
 import resource
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,28 +23,30 @@ from model import generate, make_optimizer, pad_left, pad_right, shape_logits
 
 
 def option(default, help, **more):
-    """A field of an options dataclass with its help text."""
+    """A field of an options dataclass with its help text; `more`: choices, nargs, least and most (bounds)."""
     return field(default=default, metadata={"help": help, **more})
 
 
 @dataclass
 class PPOOptions:
-    batch: int = option(64, "prompts, and so responses, a PPO step")
-    epochs: int = option(2, "passes over each batch")
-    minibatches: int = option(2, "optimizer steps an epoch")
-    microbatch: int = option(64, "rows read at once; lower it where memory is short, the result is the same")
-    lr: float = option(1e-4, "learning rate of the actor")
-    critic_lr: float = option(2e-4, "learning rate of the critic")
-    kl_coefficient: float = option(0.1, "beta, the price of a nat of KL from the reference, in deviations of the score")
-    kl_target: float = option(0.0, "adapt beta until the KL of a response is this many nats; 0 keeps beta")
-    clip: float = option(0.2, "PPO's clip range of the ratio")
-    value_clip: float = option(0.2, "clip range of the value around the old one")
-    discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)")
-    gae_lambda: float = option(0.95, "lambda of GAE")
-    temperature: float = option(1.0, "sampling temperature, and that of every logprob")
-    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
-    concise: float = option(0.0, "length term: deviations of score taken off a response as long as the limit")
-    truncation_penalty: float = option(0.0, "deviations of score taken off a response that the limit cut")
+    batch: int = option(64, "prompts, and so responses, a PPO step", least=1)
+    epochs: int = option(1, "passes over each batch", least=1)
+    minibatches: int = option(4, "optimizer steps an epoch", least=1)
+    microbatch: int = option(64, "rows read at once; lower it where memory is short, the result is the same", least=1)
+    lr: float = option(1e-4, "learning rate of the actor", least=0)
+    critic_lr: float = option(2e-4, "learning rate of the critic", least=0)
+    kl_coefficient: float = option(
+        0.1, "beta, the price of a nat of KL from the reference, in deviations of the score", least=0
+    )
+    kl_target: float = option(0.0, "adapt beta until the KL of a response is this many nats; 0 keeps beta", least=0)
+    clip: float = option(0.2, "PPO's clip range of the ratio", least=0)
+    value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
+    discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
+    gae_lambda: float = option(0.95, "lambda of GAE", least=0, most=1)
+    temperature: float = option(1.0, "sampling temperature, and that of every logprob", least=0.01)
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", least=0)
+    concise: float = option(0.0, "length term: deviations of score taken off a response as long as the limit", least=0)
+    truncation_penalty: float = option(0.0, "deviations of score taken off a response that the limit cut", least=0)
 
 
 # ---------------------------------------------------------------- masked arithmetic
@@ -117,13 +119,25 @@ def in_chunks(read, rollout, size):
 
 
 @torch.no_grad()
-def rollout(actor, prompts, max_new_tokens, temperature=1.0, eos_id=None, forbid=(), stop=None, seed=None, microbatch=64):
+def rollout(
+    actor, prompts, max_new_tokens, temperature=1.0, eos_id=None, forbid=(), stop=None, seed=None, microbatch=64
+):
     """Samples a response to each prompt (id lists), never greedily, from the full distribution but `forbid`.
 
     `eos_id` None lets every response run to the limit; then forbid the EOS id, or the text would hold it
     as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout.
     """
-    responses, sampled = generate(actor, prompts, max_new_tokens, temperature, eos_id=eos_id, seed=seed, forbid=forbid, stop=stop, with_logprobs=True)
+    responses, sampled = generate(
+        actor,
+        prompts,
+        max_new_tokens,
+        temperature,
+        eos_id=eos_id,
+        seed=seed,
+        forbid=forbid,
+        stop=stop,
+        with_logprobs=True,
+    )
     device = actor.device
     prompt_tokens, prompt_mask = pad_left(prompts, device)
     response_tokens, response_mask = pad_right(responses, device)
@@ -133,7 +147,9 @@ def rollout(actor, prompts, max_new_tokens, temperature=1.0, eos_id=None, forbid
     batch = Rollout(tokens, mask, response_mask, torch.tensor(truncated, device=device), None)
     # The logprobs that the ratio is taken against are read by the forward that trains, not by the sampler:
     # the two differ in bf16 (PPO_DETAILS 9, 10). Their difference is kept as a figure.
-    batch.logprobs = in_chunks(lambda t, m, r: response_logprobs(actor, t, m, r, temperature, forbid)[0], batch, microbatch)
+    batch.logprobs = in_chunks(
+        lambda t, m, r: response_logprobs(actor, t, m, r, temperature, forbid)[0], batch, microbatch
+    )
     sampled = pad_right(sampled, device, value=0.0)[0]
     batch.sampling_gap = ((sampled.exp() - batch.logprobs.exp()).abs() * response_mask).max().item()
     return batch
@@ -169,11 +185,13 @@ def compute_gae(rewards, values, mask, gamma, lam):
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])  # the advantage one token later
     next_values = torch.zeros_like(rewards[:, 0])
+    mask = mask.bool()
+    rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
     for t in reversed(range(rewards.shape[1])):
         real = mask[:, t].to(rewards.dtype)
         delta = rewards[:, t] + gamma * next_values - values[:, t]
         following = (delta + gamma * lam * following) * real
-        next_values = values[:, t] * real
+        next_values = values[:, t]
         advantages[:, t] = following
     return advantages, (advantages + values) * mask
 
@@ -253,7 +271,7 @@ class SteppedLimit(FixedLimit):
 
 
 CM_FEATURES = ("reward_trend", "reward_spread", "reward_change", "value_trend", "value_spread", "value_change")
-CM_WEIGHTS = (-1.0, -2.0, -1.5, -0.5, -1.0, -0.5)
+CM_WEIGHTS = (-1.0, -3.0, -2.0, -0.5, -1.0, -0.5)
 CM_BIAS = 3.0
 
 
@@ -272,11 +290,28 @@ class ContinuousMaximization:
     holds. A window that is not full, or holds a value that is not finite, holds. It never shrinks.
 
     With the default weights a calm pair of series (spread 0.1) gives p = 0.9, rewards that alternate by half
-    a deviation around their mean give p = 0.4. Pure: floats in, an int out.
+    a deviation around their mean give p = 0.3. Pure: floats in, an int out.
     """
 
-    def __init__(self, initial=64, maximum=1024, factor=1.25, window=8, threshold=0.5, reward_scale=1.0, value_scale=0.5, weights=CM_WEIGHTS, bias=CM_BIAS):
-        self.limit, self.maximum, self.factor, self.window, self.threshold = min(initial, maximum), maximum, factor, window, threshold
+    def __init__(
+        self,
+        initial=64,
+        maximum=1024,
+        factor=1.25,
+        window=8,
+        threshold=0.5,
+        reward_scale=1.0,
+        value_scale=0.5,
+        weights=CM_WEIGHTS,
+        bias=CM_BIAS,
+    ):
+        self.limit, self.maximum, self.factor, self.window, self.threshold = (
+            min(initial, maximum),
+            maximum,
+            factor,
+            window,
+            threshold,
+        )
         self.reward_scale, self.value_scale, self.weights, self.bias = reward_scale, value_scale, tuple(weights), bias
         self.rewards, self.value_losses = [], []
         self.p_extend, self.features, self.extensions, self.holds = 0.0, (0.0,) * 6, 0, 0
@@ -288,7 +323,9 @@ class ContinuousMaximization:
         self.p_extend = 0.0
         if len(self.rewards) < self.window:
             return self.limit
-        self.features = self._series(self.rewards, self.reward_scale) + self._series(self.value_losses, self.value_scale)
+        self.features = self._series(self.rewards, self.reward_scale) + self._series(
+            self.value_losses, self.value_scale
+        )
         if all(map(math.isfinite, self.features)):
             logit = self.bias + sum(w * x for w, x in zip(self.weights, self.features))
             self.p_extend = 1 / (1 + math.exp(-max(logit, -60.0)))
@@ -303,7 +340,9 @@ class ContinuousMaximization:
     def _series(self, values, scale):
         n = len(values)
         mean, center = sum(values) / n, (n - 1) / 2
-        slope = sum((i - center) * (v - mean) for i, v in enumerate(values)) / max(sum((i - center) ** 2 for i in range(n)), 1)
+        slope = sum((i - center) * (v - mean) for i, v in enumerate(values)) / max(
+            sum((i - center) ** 2 for i in range(n)), 1
+        )
         residuals = [v - mean - slope * (i - center) for i, v in enumerate(values)]
         spread = math.sqrt(sum(r * r for r in residuals) / n)
         change = sum(abs(b - a) for a, b in zip(values, values[1:])) / max(n - 1, 1)
@@ -337,17 +376,45 @@ class PPOTrainer:
     controllers above. eos_id None with forbid=(EOS,) is the coarse stage: no ending, anywhere.
     """
 
-    def __init__(self, actor, reference, critic, prompts, score_fn, limit, options, steps, *, eos_id=None, forbid=(), stop=None, second_score=None, describe=None, seed=0):
-        self.actor, self.reference, self.critic = actor.eval(), reference.eval().requires_grad_(False), critic.eval()  # no dropout exists, nor ever would be on
+    def __init__(
+        self,
+        actor,
+        reference,
+        critic,
+        prompts,
+        score_fn,
+        limit,
+        options,
+        steps,
+        *,
+        eos_id=None,
+        forbid=(),
+        stop=None,
+        second_score=None,
+        describe=None,
+        seed=0,
+    ):
+        self.actor, self.reference, self.critic = (
+            actor.eval(),
+            reference.eval().requires_grad_(False),
+            critic.eval(),
+        )  # no dropout exists, nor ever would be on
         self.prompts, self.score_fn, self.second_score, self.describe = prompts, score_fn, second_score, describe
         self.limit, self.options = limit, options
-        self.sampling = dict(temperature=options.temperature, eos_id=eos_id, forbid=forbid, stop=stop, microbatch=options.microbatch)
+        self.sampling = dict(
+            temperature=options.temperature, eos_id=eos_id, forbid=forbid, stop=stop, microbatch=options.microbatch
+        )
         self.reading = dict(temperature=options.temperature, forbid=forbid)
         self.kl_controller = KLController(options.kl_coefficient, options.kl_target)
         self.generator = torch.Generator().manual_seed(seed)
         updates = steps * options.epochs * options.minibatches
-        self.optimizers, self.schedules = zip(*(make_optimizer([m], lr, updates, betas=(0.9, 0.95), eps=1e-5) for m, lr in ((actor, options.lr), (critic, options.critic_lr))))
-        self.order, self.score_mean, self.score_scale, self.steps_done, self.updates = [], 0.0, 1.0, 0, 0
+        self.optimizers, self.schedules = zip(
+            *(
+                make_optimizer([m], lr, updates, betas=(0.9, 0.95), eps=1e-5)
+                for m, lr in ((actor, options.lr), (critic, options.critic_lr))
+            )
+        )
+        self.order, self.score_mean, self.score_scale, self.steps_done = [], 0.0, 1.0, 0
         self.calibrate()
 
     def draw(self, count):
@@ -362,13 +429,17 @@ class PPOTrainer:
         return rollout(self.actor, [p.ids for p in prompts], self.limit.limit, seed=seed, **self.sampling)
 
     def responses(self, batch):
-        return [row[m].tolist() for row, m in zip(batch.tokens[:, batch.prompt_columns :].cpu(), batch.response_mask.cpu())]
+        return [
+            row[m].tolist() for row, m in zip(batch.tokens[:, batch.prompt_columns :].cpu(), batch.response_mask.cpu())
+        ]
 
     def score(self, function, prompts, responses):
         """Raw scores (B,), fp32, checked: the function may be anybody's."""
         scores = torch.as_tensor(function([p.context for p in prompts], responses), dtype=torch.float32)
         if scores.shape != (len(prompts),):
-            raise ValueError(f"the score function returned shape {tuple(scores.shape)} for {len(prompts)} responses, not ({len(prompts)},)")
+            raise ValueError(
+                f"the score function returned shape {tuple(scores.shape)} for {len(prompts)} responses, not ({len(prompts)},)"
+            )
         return scores
 
     def calibrate(self):
@@ -376,7 +447,14 @@ class PPOTrainer:
         reference): scores are centred and in these units from then on (PPO_DETAILS 17). So a coefficient of
         the KL, and the limit's reference deviation, mean the same under any score function."""
         prompts = self.draw(max(64, self.options.batch))
-        raw = [self.score(self.score_fn, prompts[i : i + self.options.batch], self.responses(self.sample(prompts[i : i + self.options.batch]))) for i in range(0, len(prompts), self.options.batch)]
+        raw = [
+            self.score(
+                self.score_fn,
+                prompts[i : i + self.options.batch],
+                self.responses(self.sample(prompts[i : i + self.options.batch])),
+            )
+            for i in range(0, len(prompts), self.options.batch)
+        ]
         raw = torch.cat(raw)
         self.score_mean, self.score_scale = raw.mean().item(), max(raw.std().item(), 1e-6)
 
@@ -397,10 +475,14 @@ class PPOTrainer:
         shaped = shape_scores(scores, lengths, batch.truncated.cpu(), limit, o.concise, o.truncation_penalty)
         # 4  reference and critic, on the same slice
         with torch.no_grad():
-            ref_logprobs = in_chunks(lambda t, m, r: response_logprobs(self.reference, t, m, r, **self.reading)[0], batch, o.microbatch)
+            ref_logprobs = in_chunks(
+                lambda t, m, r: response_logprobs(self.reference, t, m, r, **self.reading)[0], batch, o.microbatch
+            )
             values = in_chunks(self.read_values, batch, o.microbatch)
         # 5  rewards, advantages
-        rewards, kl = compute_rewards(shaped.to(mask.device), batch.logprobs, ref_logprobs, mask, self.kl_controller.coefficient)
+        rewards, kl = compute_rewards(
+            shaped.to(mask.device), batch.logprobs, ref_logprobs, mask, self.kl_controller.coefficient
+        )
         advantages, returns = compute_gae(rewards, values, mask, o.discount, o.gae_lambda)
         # 6  update
         metrics = self.update(batch, masked_whiten(advantages, mask), returns, values)
@@ -411,12 +493,24 @@ class PPOTrainer:
         self.limit.update(scores.mean().item(), metrics["value_loss"])
         seconds = time.perf_counter() - start
         metrics |= {
-            "reward": scores.mean().item(), "reward_shaped": shaped.mean().item(), "kl": response_kl.mean().item(), "kl_per_token": masked_mean(kl, mask).item(),
-            "kl_coefficient": self.kl_controller.coefficient, "response_length": lengths.float().mean().item(), "length_limit": limit, "p_extend": self.limit.p_extend,
-            "truncation_rate": batch.truncated.float().mean().item(), "eos_rate": 1 - batch.truncated.float().mean().item(),
-            "explained_variance": self.explained(values, returns, mask), "score_length_correlation": correlation(scores, lengths.float()),
-            "sampling_gap": batch.sampling_gap, "samples_per_second": len(prompts) / seconds, "tokens_per_second": lengths.sum().item() / seconds,
-            "generation_share": generated / seconds, "tokens": int(lengths.sum()), "peak_memory_gib": peak_memory_gib(mask.device),
+            "reward": scores.mean().item(),
+            "reward_shaped": shaped.mean().item(),
+            "kl": response_kl.mean().item(),
+            "kl_per_token": masked_mean(kl, mask).item(),
+            "kl_coefficient": self.kl_controller.coefficient,
+            "response_length": lengths.float().mean().item(),
+            "length_limit": limit,
+            "p_extend": self.limit.p_extend,
+            "truncation_rate": batch.truncated.float().mean().item(),
+            "eos_rate": 1 - batch.truncated.float().mean().item(),
+            "explained_variance": self.explained(values, returns, mask),
+            "score_length_correlation": correlation(scores, lengths.float()),
+            "sampling_gap": batch.sampling_gap,
+            "samples_per_second": len(prompts) / seconds,
+            "tokens_per_second": lengths.sum().item() / seconds,
+            "generation_share": generated / seconds,
+            "tokens": int(lengths.sum()),
+            "peak_memory_gib": peak_memory_gib(mask.device),
         }
         if self.second_score is not None:
             metrics["second_score"] = self.score(self.second_score, prompts, responses).mean().item()
@@ -432,7 +526,7 @@ class PPOTrainer:
     def update(self, batch, advantages, returns, old_values):
         """epochs x minibatches optimizer steps for each of actor and critic. Every loss is a sum over a
         microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
-        o, totals, ratio_first = self.options, {}, None
+        o, totals, ratio_first, first = self.options, {}, 1.0, True
         for _ in range(o.epochs):
             for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
@@ -441,8 +535,8 @@ class PPOTrainer:
                     optimizer.zero_grad(set_to_none=True)
                 for part in rows.split(o.microbatch):
                     figures, ratio = self.backward(batch, part, advantages, returns, old_values, count)
-                    if self.updates == 0 or ratio_first is None:
-                        ratio_first = ratio
+                    if first:  # of the whole first minibatch, the ratio that is farthest from 1
+                        ratio_first = max(ratio_first, ratio, key=lambda r: abs(r - 1))
                     for name, value in figures.items():
                         totals[name] = totals.get(name, 0.0) + value
                 for module, optimizer, schedule in zip((self.actor, self.critic), self.optimizers, self.schedules):
@@ -451,7 +545,7 @@ class PPOTrainer:
                     totals[name] = totals.get(name, 0.0) + norm.item()
                     optimizer.step()
                     schedule.step()
-                self.updates += 1
+                first = False
         done = o.epochs * o.minibatches
         return {name: float(value) / done for name, value in totals.items()} | {"ratio_first": ratio_first}
 
@@ -471,8 +565,11 @@ class PPOTrainer:
         share = response_mask.sum() / count
         log_ratio = (logprobs.detach() - old) * response_mask
         figures = {
-            "policy_loss": (loss.detach() / count).item(), "value_loss": (critic_loss.detach() / count).item(), "clip_fraction": (clipped * share).item(),
-            "entropy": (masked_mean(entropy.detach(), response_mask) * share).item(), "approx_kl": (masked_mean(ratio - 1 - log_ratio, response_mask) * share).item(),
+            "policy_loss": (loss.detach() / count).item(),
+            "value_loss": (critic_loss.detach() / count).item(),
+            "clip_fraction": (clipped * share).item(),
+            "entropy": (masked_mean(entropy.detach(), response_mask) * share).item(),
+            "approx_kl": (masked_mean(ratio - 1 - log_ratio, response_mask) * share).item(),
         }
         farthest = ratio[response_mask][(ratio[response_mask] - 1).abs().argmax()].item()
         return figures, farthest

@@ -54,17 +54,15 @@ class RewardModel(ScalarModel):
 def encode_pair(tokenizer, messages, chosen, rejected, max_length):
     """(prompt + chosen, prompt + rejected) as ids without an ending; of a prompt too long for
     `max_length` the start is dropped, of an answer the end."""
-    answers = [tokenizer.encode_chat(messages + [{"role": "assistant", "content": a}], add_generation_prompt=False) for a in (chosen, rejected)]
     prompt = len(tokenizer.encode_chat(messages))
-    return [strip_end(ids, tokenizer)[max(0, prompt - max_length // 2) :][:max_length] for ids in answers]
-
-
-def strip_end(ids, tokenizer):
-    """The ids up to the last EOS, where the template closes an answer with one (and maybe a newline)."""
-    for back in (1, 2):
-        if len(ids) > back and ids[-back] == tokenizer.eos_id:
-            return ids[:-back]
-    return ids
+    rows = []
+    for answer in (chosen, rejected):
+        turn = [{"role": "assistant", "content": answer}]
+        ids = tokenizer.encode_chat(messages + turn, add_generation_prompt=False)
+        ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # only a template writes an EOS
+        rows.append(ids[: ends[-1]] if ends else ids)
+    drop = max(0, min(prompt - max_length // 2, max(map(len, rows)) - max_length))
+    return [ids[drop:][:max_length] for ids in rows]
 
 
 class Trainer:
@@ -72,7 +70,13 @@ class Trainer:
     on `batch_pairs` pairs. A pair gets `eos_id` after both answers half of the time."""
 
     def __init__(self, model, pairs, steps, lr, batch_pairs, eos_id, seed=0, max_grad_norm=1.0):
-        self.model, self.pairs, self.batch_pairs, self.eos_id, self.max_grad_norm = model.train(), pairs, batch_pairs, eos_id, max_grad_norm
+        self.model, self.pairs, self.batch_pairs, self.eos_id, self.max_grad_norm = (
+            model.train(),
+            pairs,
+            batch_pairs,
+            eos_id,
+            max_grad_norm,
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer, self.schedule = make_optimizer([model], lr, steps, weight_decay=0.01)
         self.order = []
@@ -96,7 +100,12 @@ class Trainer:
         self.optimizer.step()
         self.schedule.step()
         margin = (chosen - rejected).detach()
-        return {"loss": loss.item(), "accuracy": (margin > 0).float().mean().item(), "margin": margin.mean().item(), "grad_norm": norm.item()}
+        return {
+            "loss": loss.item(),
+            "accuracy": (margin > 0).float().mean().item(),
+            "margin": margin.mean().item(),
+            "grad_norm": norm.item(),
+        }
 
 
 def accuracy(model, pairs, eos_id):
@@ -109,5 +118,11 @@ def accuracy(model, pairs, eos_id):
         margins[name] = scores[:, 0] - scores[:, 1]
     margin = margins["accuracy"]
     confidence, right = margin.abs().sigmoid(), (margin > 0).float()
-    gap = sum(abs((confidence[i] - right[i]).mean().item()) * len(i) for i in confidence.argsort().tensor_split(10) if len(i))
-    return {**{name: (m > 0).float().mean().item() for name, m in margins.items()}, "calibration": gap / len(pairs), "pairs": len(pairs)}
+    gap = sum(
+        abs((confidence[i] - right[i]).mean().item()) * len(i) for i in confidence.argsort().tensor_split(10) if len(i)
+    )
+    return {
+        **{name: (m > 0).float().mean().item() for name, m in margins.items()},
+        "calibration": gap / len(pairs),
+        "pairs": len(pairs),
+    }

@@ -18,12 +18,16 @@ def chat_example(tokenizer, messages, max_length):
 
     The tokens of an answer are those that the dialogue up to and with it has beyond its generation prompt.
     """
-    ids, mask = [], []
+    ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
+    mask = [False] * len(ids)
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt = tokenizer.encode_chat(messages[:i])
-            ids = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
-            mask += [False] * (len(prompt) - len(mask)) + [True] * (len(ids) - len(prompt))
+            start = len(tokenizer.encode_chat(messages[:i]))
+            closed = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+            end = next(
+                (n for n, (x, y) in enumerate(zip(closed, ids)) if x != y), len(closed)
+            )  # HH closes the last alone
+            mask[start:end] = [True] * (end - start)
     return ids[:max_length], mask[:max_length]
 
 

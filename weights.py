@@ -12,7 +12,6 @@ import re
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -32,12 +31,18 @@ def locate(path_or_id):
         raise InputError(f"{folder}: no such model folder")
     from huggingface_hub import HfApi, snapshot_download
 
+    wanted = ["*.json", "tokenizer.model*", "*.jinja"]
     try:
-        names = {f.rfilename for f in HfApi().model_info(str(path_or_id)).siblings}
-        weights = ["model*.safetensors*"] if any(re.fullmatch(r"model.*\.safetensors", n) for n in names) else ["consolidated*.safetensors"]
-        return Path(snapshot_download(str(path_or_id), allow_patterns=["*.json", "tokenizer.model*", "*.jinja", *weights]))
+        try:
+            names = [f.rfilename for f in HfApi().model_info(str(path_or_id)).siblings]
+        except Exception:  # no way to the hub: what is in its cache will do
+            return Path(snapshot_download(str(path_or_id), local_files_only=True))
+        hf = any(re.fullmatch(r"model.*\.safetensors", n) for n in names)
+        wanted.append("model*.safetensors" if hf else "consolidated*.safetensors")
+        return Path(snapshot_download(str(path_or_id), allow_patterns=wanted))
     except Exception as e:  # huggingface_hub raises a dozen kinds, each of them "it is not to be had"
-        raise InputError(f"{path_or_id}: no such folder here, and the hub does not give it ({type(e).__name__}: {str(e).splitlines()[0]})") from e
+        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
+        raise InputError(f"{path_or_id}: no such folder here, and the hub does not give it ({why})") from e
 
 
 # ---------------------------------------------------------------- config
@@ -65,33 +70,51 @@ def read_config(folder):
     path = folder / "config.json"
     config = read_json(path)
     if config.get("model_type") not in ("mistral", "llama"):
-        raise InputError(f"{path}: model_type is {config.get('model_type')!r}, only 'mistral' and 'llama' are implemented")
+        raise InputError(
+            f"{path}: model_type is {config.get('model_type')!r}, only 'mistral' and 'llama' are implemented"
+        )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     refused = {
-        "rope scaling": kind if kind not in (None, "default") else None, "quantization_config": config.get("quantization_config"),
-        "attention_bias": config.get("attention_bias"), "mlp_bias": config.get("mlp_bias"), "num_local_experts": config.get("num_local_experts"),
+        "rope scaling": kind if kind not in (None, "default") else None,
+        "quantization_config": config.get("quantization_config"),
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "num_local_experts": config.get("num_local_experts"),
         "hidden_act": config.get("hidden_act", "silu") if config.get("hidden_act", "silu") != "silu" else None,
     }
     for what, value in refused.items():
         if value:
             raise InputError(f"{path}: {what} {value!r} is not implemented")
-    if "rope_theta" not in config:
-        config["rope_theta"] = rope.get("rope_theta", 10000.0)
+    # What transformers takes where a key is absent.
+    config["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    config.setdefault("rms_norm_eps", 1e-6)
+    if config.get("num_key_value_heads") is None:
+        config["num_key_value_heads"] = config.get("num_attention_heads") if config["model_type"] == "llama" else 8
     return config
 
 
 def _config_from_params(params, folder):
     """Mistral's own `params.json` in the names of `config.json`."""
-    if params.get("moe") or params.get("quantization"):
-        raise InputError(f"{folder / 'params.json'}: experts and quantised weights are not implemented")
+    for key in ("moe", "quantization", "yarn", "rope_scaling", "llama_4_scaling", "_sliding_window"):
+        if params.get(key):
+            what = {"moe": "experts", "quantization": "quantised weights"}.get(key, key)
+            raise InputError(f"{folder / 'params.json'}: {what} {params[key]!r} not implemented")
     try:
         heads = params["n_heads"]
         return {
-            "model_type": "mistral", "vocab_size": params["vocab_size"], "hidden_size": params["dim"], "intermediate_size": params["hidden_dim"],
-            "num_hidden_layers": params["n_layers"], "num_attention_heads": heads, "num_key_value_heads": params.get("n_kv_heads", heads),
-            "head_dim": params.get("head_dim", params["dim"] // heads), "rms_norm_eps": params.get("norm_eps", 1e-5), "rope_theta": params.get("rope_theta", 10000.0),
-            "sliding_window": params.get("sliding_window"), "tie_word_embeddings": params.get("tied_embeddings", False),
+            "model_type": "mistral",
+            "vocab_size": params["vocab_size"],
+            "hidden_size": params["dim"],
+            "intermediate_size": params["hidden_dim"],
+            "num_hidden_layers": params["n_layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": params.get("n_kv_heads", heads),
+            "head_dim": params.get("head_dim", params["dim"] // heads),
+            "rms_norm_eps": params.get("norm_eps", 1e-5),
+            "rope_theta": params.get("rope_theta", 10000.0),
+            "sliding_window": params.get("sliding_window"),
+            "tie_word_embeddings": params.get("tied_embeddings", False),
             "max_position_embeddings": params.get("max_seq_len") or 32768,
         }
     except KeyError as e:
@@ -102,11 +125,15 @@ def _config_from_params(params, folder):
 
 # Mistral's own names -> Hugging Face's. wq and wk also hold their rotary pairs side by side.
 CONSOLIDATED = {
-    r"tok_embeddings\.weight": "model.embed_tokens.weight", r"norm\.weight": "model.norm.weight", r"output\.weight": "lm_head.weight",
+    r"tok_embeddings\.weight": "model.embed_tokens.weight",
+    r"norm\.weight": "model.norm.weight",
+    r"output\.weight": "lm_head.weight",
     r"layers\.(\d+)\.attention\.w([qkvo])\.weight": r"model.layers.\1.self_attn.\2_proj.weight",
-    r"layers\.(\d+)\.feed_forward\.w1\.weight": r"model.layers.\1.mlp.gate_proj.weight", r"layers\.(\d+)\.feed_forward\.w2\.weight": r"model.layers.\1.mlp.down_proj.weight",
+    r"layers\.(\d+)\.feed_forward\.w1\.weight": r"model.layers.\1.mlp.gate_proj.weight",
+    r"layers\.(\d+)\.feed_forward\.w2\.weight": r"model.layers.\1.mlp.down_proj.weight",
     r"layers\.(\d+)\.feed_forward\.w3\.weight": r"model.layers.\1.mlp.up_proj.weight",
-    r"layers\.(\d+)\.attention_norm\.weight": r"model.layers.\1.input_layernorm.weight", r"layers\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
+    r"layers\.(\d+)\.attention_norm\.weight": r"model.layers.\1.input_layernorm.weight",
+    r"layers\.(\d+)\.ffn_norm\.weight": r"model.layers.\1.post_attention_layernorm.weight",
 }
 
 
@@ -145,15 +172,23 @@ class Weights:
         if not index.exists():
             files = sorted(p.name for p in self.folder.glob("consolidated*.safetensors"))
             if not files:
-                raise InputError(f"{self.folder}: no model.safetensors, no index of shards and no consolidated.safetensors")
+                raise InputError(
+                    f"{self.folder}: no model.safetensors, no index of shards and no consolidated.safetensors"
+                )
             return files
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
             raise InputError(f"{index}: no weight_map of names to files")
         for file in set(files.values()):
-            if Path(file).name != file or (self.folder / file).is_symlink() and self.folder.resolve() not in (self.folder / file).resolve().parents and "blobs" not in (self.folder / file).resolve().parts:
+            if not self._is_own(file):
                 raise InputError(f"{index}: {file!r} is not a file of this folder")
         return sorted(set(files.values()))
+
+    def _is_own(self, file):
+        """A plain name, and no link that leads out of the folder (the hub's cache links into its own blobs)."""
+        real, folder = (self.folder / file).resolve(), self.folder.resolve()
+        blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+        return Path(file).name == file and real.parent in (folder, blobs)
 
     def _file(self, file):
         if file not in self._open:
@@ -172,7 +207,8 @@ class Weights:
         file, inner = self.names[name]
         tensor = self._file(file).get_tensor(inner)
         if inner != name and inner.endswith(("wq.weight", "wk.weight")):
-            tensor = deinterleave(tensor, self.config["head_dim"])
+            c = self.config
+            tensor = deinterleave(tensor, c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
         return tensor
 
 
@@ -251,5 +287,8 @@ def _name_shards(folder, shards):
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for i, name in enumerate(names):
         os.rename(folder / f"shard-{i}", folder / name)
-    index = {"metadata": {"total_size": sum(sum(s.values()) for s in shards)}, "weight_map": {n: names[i] for i, s in enumerate(shards) for n in s}}
+    index = {
+        "metadata": {"total_size": sum(sum(s.values()) for s in shards)},
+        "weight_map": {n: names[i] for i, s in enumerate(shards) for n in s},
+    }
     write_json(folder / "model.safetensors.index.json", index)

@@ -21,7 +21,16 @@ from model import Mistral, generate  # noqa: E402
 
 def transformers_generate(model, prompts, count):
     tokens = torch.tensor(prompts)
-    out = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=count, min_new_tokens=count, do_sample=False, cache_implementation="static", pad_token_id=0, eos_token_id=None)
+    out = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        cache_implementation="static",
+        pad_token_id=0,
+        eos_token_id=None,
+    )
     return out[:, tokens.shape[1] :].tolist()
 
 
@@ -39,8 +48,13 @@ def main():
     ours, theirs = Mistral.from_pretrained(o.model), AutoModelForCausalLM.from_pretrained(o.model, dtype=torch.float32)
     rows = []
     for batch in o.batch:
-        prompts = torch.randint(10, ours.config.vocab_size, (batch, o.prompt), generator=torch.Generator().manual_seed(0)).tolist()
-        work = {"ours": lambda: generate(ours, prompts, o.new, temperature=0), "transformers": lambda: transformers_generate(theirs, prompts, o.new)}
+        prompts = torch.randint(
+            10, ours.config.vocab_size, (batch, o.prompt), generator=torch.Generator().manual_seed(0)
+        ).tolist()
+        work = {
+            "ours": lambda: generate(ours, prompts, o.new, temperature=0),
+            "transformers": lambda: transformers_generate(theirs, prompts, o.new),
+        }
         texts, speeds = {}, {name: [] for name in work}
         for run in range(o.runs + 1):  # the first warms up
             for name, call in work.items():
@@ -50,10 +64,25 @@ def main():
                     speeds[name].append(batch * o.new / (time.perf_counter() - start))
         figures = {name: {"median": statistics.median(v), "min": min(v), "max": max(v)} for name, v in speeds.items()}
         same = sum(a == b for a, b in zip(texts["ours"], texts["transformers"])) / batch
-        rows.append({"batch": batch, **figures, "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["transformers"])), "same_text": same})
-        print(f"batch {batch}: ours {figures['ours']['median']:.0f} tok/s, transformers {figures['transformers']['median']:.0f}, ratio {rows[-1]['ratio']:.2f}, same greedy text {same:.0%}")
+        rows.append(
+            {
+                "batch": batch,
+                **figures,
+                "ratio": statistics.median(a / b for a, b in zip(speeds["ours"], speeds["transformers"])),
+                "same_text": same,
+            }
+        )
+        print(
+            f"batch {batch}: ours {figures['ours']['median']:.0f} tok/s, transformers {figures['transformers']['median']:.0f}, ratio {rows[-1]['ratio']:.2f}, same greedy text {same:.0%}"
+        )
     if o.json:
-        Path(o.json).write_text(json.dumps({"model": o.model, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=2) + "\n")
+        Path(o.json).write_text(
+            json.dumps(
+                {"model": o.model, "torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows},
+                indent=2,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -10,18 +10,44 @@ from itertools import combinations
 import pytest
 import torch
 
-from model import Cache, Config, Mistral, by_length, generate, initialize, make_optimizer, pad_left, pad_right, rotary, rotate, sample, visible
+from model import (
+    Cache,
+    Config,
+    Mistral,
+    by_length,
+    generate,
+    initialize,
+    make_optimizer,
+    pad_left,
+    pad_right,
+    rotary,
+    rotate,
+    sample,
+    visible,
+)
 from weights import InputError
 
-SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def peer(kind="Mistral", head="ForCausalLM", seed=0, scale=0.4, **options):
     """A small model of transformers: its class, its attention, random weights."""
     transformers = pytest.importorskip("transformers", reason="transformers is the second source")
     transformers.logging.disable_progress_bar()
-    config = getattr(transformers, f"{kind}Config")(**{**SMALL, "sliding_window": None, **options}, attn_implementation="eager")
+    config = getattr(transformers, f"{kind}Config")(
+        **{**SMALL, "sliding_window": None, **options}, attn_implementation="eager"
+    )
     model = getattr(transformers, kind + head)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -66,7 +92,9 @@ def greedy_of(theirs, row, new, **options):
     """transformers' greedy continuation of one id list, by `new` ids whatever they are."""
     theirs.generation_config.eos_token_id = None
     tokens = torch.tensor([row])
-    out = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
+    out = theirs.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, pad_token_id=0, **options
+    )
     return out[0, len(row) :].tolist()
 
 
@@ -80,13 +108,29 @@ def both(request, tmp_path_factory):
 
 T = 12
 CONFIGS = {
-    "no window": {}, "window shorter": {"sliding_window": 5}, "window equal": {"sliding_window": T}, "window one less": {"sliding_window": T - 1},
-    "window longer": {"sliding_window": T + 1}, "window 1": {"sliding_window": 1},
-    "as many key heads as heads": {"num_key_value_heads": 4}, "one key head": {"num_key_value_heads": 1, "sliding_window": 5}, "three layers, eight heads": {"num_attention_heads": 8, "num_hidden_layers": 3},
-    "head_dim wider": {"head_dim": 20}, "head_dim narrower": {"head_dim": 2, "sliding_window": 3}, "heads that do not divide hidden": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8},
-    "tied": {"tie_word_embeddings": True}, "theta 1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "theta 50": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}, "large eps": {"rms_norm_eps": 0.3},
-    "llama": {"kind": "Llama"}, "llama tied, one key head, theta": {"kind": "Llama", "num_key_value_heads": 1, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "no window": {},
+    "window shorter": {"sliding_window": 5},
+    "window equal": {"sliding_window": T},
+    "window one less": {"sliding_window": T - 1},
+    "window longer": {"sliding_window": T + 1},
+    "window 1": {"sliding_window": 1},
+    "as many key heads as heads": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1, "sliding_window": 5},
+    "three layers, eight heads": {"num_attention_heads": 8, "num_hidden_layers": 3},
+    "head_dim wider": {"head_dim": 20},
+    "head_dim narrower": {"head_dim": 2, "sliding_window": 3},
+    "heads that do not divide hidden": {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8},
+    "tied": {"tie_word_embeddings": True},
+    "theta 1e6": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "theta 50": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
+    "large eps": {"rms_norm_eps": 0.3},
+    "llama": {"kind": "Llama"},
+    "llama tied, one key head, theta": {
+        "kind": "Llama",
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
     "llama ignores a window": {"kind": "Llama", "sliding_window": 3},
 }
 
@@ -107,11 +151,17 @@ def padded(row, places, width):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("start", [lambda n, i: 18 - n, lambda n, i: 0, lambda n, i: 2 * i], ids=["on the left", "on the right", "on both sides"])
+@pytest.mark.parametrize(
+    "start",
+    [lambda n, i: 18 - n, lambda n, i: 0, lambda n, i: 2 * i],
+    ids=["on the left", "on the right", "on both sides"],
+)
 def test_padding_changes_no_logit(both, start):
     ours, theirs = both
     rows = random_rows([T, 5, 1, 8])
-    tokens, mask = map(torch.stack, zip(*(padded(r, [start(len(r), i) + j for j in range(len(r))], 18) for i, r in enumerate(rows))))
+    tokens, mask = map(
+        torch.stack, zip(*(padded(r, [start(len(r), i) + j for j in range(len(r))], 18) for i, r in enumerate(rows)))
+    )
     logits = ours(tokens, mask)
     assert logits.isfinite().all()
     for i, row in enumerate(rows):
@@ -119,7 +169,18 @@ def test_padding_changes_no_logit(both, start):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("window", [None, pytest.param(4, marks=pytest.mark.xfail(strict=True, reason="the window counts columns, the padding between real tokens included"))])
+@pytest.mark.parametrize(
+    "window",
+    [
+        None,
+        pytest.param(
+            4,
+            marks=pytest.mark.xfail(
+                strict=True, reason="the window counts columns, the padding between real tokens included"
+            ),
+        ),
+    ],
+)
 def test_padding_between_real_tokens_changes_no_logit(window, tmp_path):
     ours, theirs = pair(tmp_path, sliding_window=window)
     row = random_tokens(8).tolist()
@@ -165,8 +226,15 @@ def test_rotation_is_a_complex_multiplication(theta, head_dim):
         for t in range(7):
             for i in range(half):
                 angle = positions[b, t].item() * theta ** (-2 * i / head_dim)
-                z = torch.complex(x[b, :, t, i], x[b, :, t, i + half]).to(torch.complex128) * complex(math.cos(angle), math.sin(angle))
-                torch.testing.assert_close(torch.stack((turned[b, :, t, i], turned[b, :, t, i + half])).double(), torch.stack((z.real, z.imag)), rtol=0, atol=1e-4)
+                z = torch.complex(x[b, :, t, i], x[b, :, t, i + half]).to(torch.complex128) * complex(
+                    math.cos(angle), math.sin(angle)
+                )
+                torch.testing.assert_close(
+                    torch.stack((turned[b, :, t, i], turned[b, :, t, i + half])).double(),
+                    torch.stack((z.real, z.imag)),
+                    rtol=0,
+                    atol=1e-4,
+                )
     assert rotate(x.bfloat16(), *rotary(positions, head_dim, theta)).dtype == torch.bfloat16
 
 
@@ -174,7 +242,10 @@ def test_rotation_is_a_complex_multiplication(theta, head_dim):
 @pytest.mark.parametrize("masked", [False, True])
 def test_visible_equals_a_double_loop(window, masked):
     generator = torch.Generator().manual_seed(0)
-    queries, keys = torch.arange(6, 11), torch.randperm(11, generator=generator)  # keys in the order of a rolling buffer
+    queries, keys = (
+        torch.arange(6, 11),
+        torch.randperm(11, generator=generator),
+    )  # keys in the order of a rolling buffer
     mask = torch.rand(3, 11, generator=generator) < 0.6 if masked else None
     seen = visible(queries, keys, mask, window).expand(3, 1, 5, 11)
     for b in range(3):
@@ -200,12 +271,21 @@ def test_by_length(bound):
 
 
 def test_initialize():
-    config = Config(vocab_size=500, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4)
+    config = Config(
+        vocab_size=500,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
     model, again, other = (initialize(Mistral(config), torch.Generator().manual_seed(s)) for s in (0, 0, 1))
     for (name, p), q, r in zip(model.named_parameters(), again.parameters(), other.parameters()):
         assert torch.equal(p, q) and ((p == 1).all() if "norm" in name else not torch.equal(p, r)), name
     attention = model.model.layers[1].self_attn  # four square matrices, of which o_proj writes into the residual stream
-    assert (attention.o_proj.weight.std() / attention.q_proj.weight.std()).item() == pytest.approx(1 / math.sqrt(2 * 3), rel=0.05)
+    assert (attention.o_proj.weight.std() / attention.q_proj.weight.std()).item() == pytest.approx(
+        1 / math.sqrt(2 * 3), rel=0.05
+    )
 
 
 def test_schedule_is_a_warm_up_and_a_cosine():
@@ -268,7 +348,9 @@ def test_any_chunks_through_the_cache_give_the_full_logits(both, chunks):
     rows = random_rows([23, 11, 2])
     tokens, mask = pad_left(rows)
     cache = Cache(ours.config, len(rows), sum(chunks), "cpu", torch.float32)
-    assert cache.keys.shape == cache.values.shape == (2, 3, 2, theirs.config.sliding_window or 23, 12)  # never more than the window
+    assert (
+        cache.keys.shape == cache.values.shape == (2, 3, 2, theirs.config.sliding_window or 23, 12)
+    )  # never more than the window
     logits = torch.cat([ours(t, m, cache) for t, m in zip(tokens.split(chunks, 1), mask.split(chunks, 1))], 1)
     for i, row in enumerate(rows):
         assert_close(logits[i][mask[i]], logits_of(theirs, row))
@@ -329,8 +411,15 @@ def chi_square_p(drawn, expected):
     return torch.special.gammaincc(torch.tensor((len(cells) - 1) / 2), torch.tensor(statistic / 2)).item()
 
 
-DRAWS = {"as it is": {}, "hot": {"temperature": 2.5}, "cold": {"temperature": 0.5}, "nucleus": {"top_p": 0.6}, "hot nucleus": {"temperature": 2.0, "top_p": 0.9},
-         "forbidden": {"forbid": (3, 7)}, "all": {"temperature": 1.7, "top_p": 0.8, "forbid": [0, 1, 2]}}
+DRAWS = {
+    "as it is": {},
+    "hot": {"temperature": 2.5},
+    "cold": {"temperature": 0.5},
+    "nucleus": {"top_p": 0.6},
+    "hot nucleus": {"temperature": 2.0, "top_p": 0.9},
+    "forbidden": {"forbid": (3, 7)},
+    "all": {"temperature": 1.7, "top_p": 0.8, "forbid": [0, 1, 2]},
+}
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +439,9 @@ def test_samples_follow_the_distribution(soft, options):
     assert set(drawn) <= set(expected) and len(expected) > 1
     assert all(id in drawn for id, p in expected.items() if p * len(drawn) > 20)
     assert chi_square_p(drawn, expected) > 1e-3
-    assert chi_square_p(drawn, distribution(logits_of(theirs, prompt)[-1], temperature=1.2)) < 1e-6  # the test has the power to tell
+    assert (
+        chi_square_p(drawn, distribution(logits_of(theirs, prompt)[-1], temperature=1.2)) < 1e-6
+    )  # the test has the power to tell
 
 
 @pytest.mark.parametrize("top_p", [1e-9, 0.39, 0.49, 0.51, 0.79, 0.81, 0.94, 0.96, 1.0])
@@ -362,7 +453,9 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p):
     assert set(drawn.tolist()) == set(smallest)
 
 
-@pytest.mark.xfail(strict=True, reason="top_p 0 leaves no id and draws id 0; it should keep the likeliest or be refused")
+@pytest.mark.xfail(
+    strict=True, reason="top_p 0 leaves no id and draws id 0; it should keep the likeliest or be refused"
+)
 def test_top_p_0_is_greedy_or_refused(both):
     prompts = random_rows([5, 6])
     try:
@@ -420,14 +513,27 @@ def test_stop_ends_a_row_where_it_first_holds(both, n):
     assert generate(ours, prompts, 24, temperature=0, stop=lambda ids: target in ids[-16:]) == expected
 
 
-@pytest.mark.xfail(strict=True, reason="a row that meets eos in the same 8 tokens is not asked whether it had stopped before")
+@pytest.mark.xfail(
+    strict=True, reason="a row that meets eos in the same 8 tokens is not asked whether it had stopped before"
+)
 def test_stop_before_eos_in_the_same_eight_tokens(both):
     free = generate(both[0], [[1, 2, 3]], 8, temperature=0)[0]
     assert free.index(free[6]) == 6
-    assert generate(both[0], [[1, 2, 3]], 8, temperature=0, eos_id=free[6], stop=lambda ids: len(ids) >= 3) == [free[:3]]
+    assert generate(both[0], [[1, 2, 3]], 8, temperature=0, eos_id=free[6], stop=lambda ids: len(ids) >= 3) == [
+        free[:3]
+    ]
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 3.0, "top_p": 0.9}, {"temperature": 2.0, "forbid": [4, 5, 6]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0},
+        {"temperature": 3.0, "top_p": 0.9},
+        {"temperature": 2.0, "forbid": [4, 5, 6]},
+    ],
+    ids=str,
+)
 def test_logprobs_equal_the_forward(both, options):
     ours, theirs = both
     prompts = random_rows([5, 9, 2, 7])

@@ -33,13 +33,13 @@ PROMPTS = [[5], [0, 7, EOS, 9], [3] * 9, [11, 0, 0], [EOS, EOS, 6, 1, 8, 4], [9,
 CALM = (0.3, 0.2)  # a reward and a value loss that never change
 
 
-def tiny(cls=Mistral, seed=0, dtype=torch.float32, vocab=V, **config):
+def tiny(cls=Mistral, seed=0, dtype=torch.float32, vocab=V, sharpness=3, **config):
     """A random network of 2 layers whose next-token distributions are far from uniform."""
     torch.manual_seed(seed)
     net = cls(Config(vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                      num_key_value_heads=2, **config))
     if cls is Mistral:
-        net.lm_head.weight.data *= 3
+        net.lm_head.weight.data *= sharpness
     return net.to(dtype).eval()
 
 
@@ -108,36 +108,43 @@ def batch():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """base/ and judge/: random models behind the tiny world's tokenizer."""
+    """base/ and judge/: random models behind the tiny world's tokenizer; prompts.txt: one prompt."""
     folder, tok = tmp_path_factory.mktemp("models"), load_tokenizer(TINY)
     tiny(vocab=tok.vocab_size).save_pretrained(folder / "base", tok.files)
     tiny(RewardModel, vocab=tok.vocab_size).save_pretrained(folder / "judge", tok.files)
+    (folder / "prompts.txt").write_text("Hello!\n")
     return folder
 
 
 def recipe(folder, out, stage, *more):
-    arguments = f"--stage {stage} --model {folder}/base --reward-model {folder}/judge --out {out} --steps 1 --batch 8"
-    assert c2f.main([*arguments.split(), "--limit", "6", "--microbatch", "8", *more]) == 0
+    """One PPO step of `stage` by the command line: what c2f handed to PPOTrainer, its critic as it was then, and `out`."""
+    given, trainer = {"out": out}, ppo.PPOTrainer
+
+    def record(*args, **kwargs):
+        given.update(inspect.signature(trainer).bind(*args, **kwargs).arguments)
+        given["critic"] = copy.deepcopy(given["critic"])
+        return trainer(*args, **kwargs)
+
+    arguments = f"--stage {stage} --model {folder}/base --reward-model {folder}/judge --prompts {folder}/prompts.txt"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "PPOTrainer", record)
+        assert c2f.main(f"{arguments} --out {out} --steps 1 --batch 8 --limit 6".split() + list(more)) == 0
+    return given
 
 
 @pytest.fixture(scope="module")
 def stages(folder, tmp_path_factory):
-    """{stage: what c2f hands to PPOTrainer} of plus and coarse; "critic" as it was before the step; "out", the run."""
-    made, trainer = {}, ppo.PPOTrainer
+    return {stage: recipe(folder, tmp_path_factory.mktemp(stage), stage) for stage in ("plus", "coarse")}
 
-    def record(*args, **kwargs):
-        given = inspect.signature(trainer).bind(*args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
-        made[stage] = {**given, "critic": copy.deepcopy(given["critic"]), "out": out}
-        return trainer(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ppo, "PPOTrainer", record)
-        for stage in ("plus", "coarse"):
-            out = tmp_path_factory.mktemp(stage)
-            recipe(folder, out, stage)
-    return made
+HELLO = [{"role": "user", "content": "Hello!"}]
+
+
+def scored(given, spy, responses):
+    """The id rows that the recipe's score function shows its reward model for responses to HELLO."""
+    seen = spy(RewardModel, "score_rows")
+    given["score_fn"]([given["prompts"][0].context] * len(responses), responses)
+    return seen[0][0][1]
 
 
 @pytest.fixture
@@ -223,14 +230,11 @@ def test_04_reward_training_shows_pairs_with_eos_after_both_answers_or_neither()
     assert 0.4 < sum(endings) / len(endings) < 0.6
 
 
-def test_04_scoring_reads_the_ids_that_training_read(folder, tmp_path, spy):
-    tok, messages = load_tokenizer(TINY), [{"role": "user", "content": "Hello!"}]
-    pair = reward.encode_pair(tok, messages, " The answer is 4.", " No.", 256)
-    run = c2f.Run(c2f.resolve({"out": str(tmp_path), "reward_model": str(folder / "judge")}, "plus"), "plus")
-    score, seen = c2f.model_score(run), spy(RewardModel, "score_rows")
+def test_04_scoring_reads_the_ids_that_training_read(stages, spy):
+    tok = load_tokenizer(TINY)
+    pair = reward.encode_pair(tok, HELLO, " The answer is 4.", " No.", 256)
     reply = tok.encode(" The answer is 4.", continues=True)
-    score([{"messages": messages}] * 2, [[*reply, tok.eos_id], reply])
-    assert seen[0][0][1] == [[*pair[0], tok.eos_id], pair[0]]
+    assert scored(stages["plus"], spy, [[*reply, tok.eos_id], reply]) == [[*pair[0], tok.eos_id], pair[0]]
 
 
 # ---------------------------------------------------------------- 5 to 7: the end of an episode
@@ -286,14 +290,11 @@ def test_06_plus_penalises_truncation_and_coarse_does_not():
         assert c2f.resolve({"preset": preset}, "coarse").truncation_penalty == 0
 
 
-@pytest.mark.xfail(strict=True, reason="model_score trims at a stop string that the coarse stage does not stop at")
-def test_06_the_score_of_the_coarse_stage_covers_the_whole_response(folder, tmp_path, spy):
-    tok, messages = load_tokenizer(TINY), [{"role": "user", "content": "Hello!"}]
-    run = c2f.Run(c2f.resolve({"out": str(tmp_path), "reward_model": str(folder / "judge")}, "coarse"), "coarse")
-    score, seen = c2f.model_score(run), spy(RewardModel, "score_rows")
+@pytest.mark.xfail(strict=True, reason="the scorer trims at a stop string that the coarse stage does not stop at")
+def test_06_the_score_of_the_coarse_stage_covers_the_whole_response(stages, spy):
+    tok = load_tokenizer(TINY)
     response = tok.encode(" Hello.\n\nHuman: You are a dolt.", continues=True)
-    score([{"messages": messages}], [response])
-    assert seen[0][0][1] == [tok.encode_chat(messages) + response]
+    assert scored(stages["coarse"], spy, [response]) == [tok.encode_chat(HELLO) + response]
 
 
 def two_after_9(ids):
@@ -326,7 +327,7 @@ def test_07_the_template_carries_the_stop_string_and_plus_stops_at_it(stages):
 
 
 def test_08_rollouts_sample_the_whole_distribution_at_their_temperature():
-    net, n = tiny(), 20000
+    net, n = tiny(), 8000
     tokens = ppo.rollout(net, [[5, 6, 7]] * n, 1, temperature=0.7, seed=0).tokens[:, -1]
     expected = n * alone(net, ([5, 6, 7], [0]), 0.7)[0].exp()
     assert expected.min() < 50  # a tail that top-p 0.98 would cut off
@@ -349,25 +350,28 @@ def test_08_old_new_and_reference_logprobs_and_entropy_share_the_temperature(spy
     assert metrics["sampling_gap"] < 1e-5 and abs(metrics["ratio_first"] - 1) < 1e-5  # sampler, and new logprobs
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, sharpness, tolerance", [(torch.float32, 3, 1e-5), (torch.bfloat16, 1, 1e-2)])
 @pytest.mark.parametrize("forbid", [(), (EOS,)])
-def test_09_before_any_update_the_ratio_is_1_and_the_kl_is_0(dtype, tolerance, forbid):
-    trainer = make(actor=tiny(dtype=dtype), critic=tiny(ScalarModel, dtype=dtype), eos_id=None if forbid else EOS,
-                   forbid=forbid, batch=24, minibatches=4, microbatch=4, temperature=0.8, lr=0.05, steps=1)
+def test_09_before_any_update_the_ratio_is_1_and_the_kl_is_0(dtype, sharpness, tolerance, forbid):
+    trainer = make(actor=tiny(dtype=dtype, sharpness=sharpness), critic=tiny(ScalarModel, dtype=dtype),
+                   eos_id=None if forbid else EOS, forbid=forbid, batch=24, minibatches=4, microbatch=4, temperature=0.8)
     first, _ = trainer.step()
     assert first["kl"] == 0.0 and abs(first["ratio_first"] - 1) < tolerance
     second, _ = trainer.step()
     assert second["kl"] != 0.0 and abs(second["ratio_first"] - 1) < tolerance  # the ratio is to the last rollout
 
 
-def test_09_a_ratio_that_is_not_1_shows(monkeypatch):
+@pytest.mark.parametrize("microbatch", [64, pytest.param(2, marks=pytest.mark.xfail(
+    strict=True, reason="ratio_first is that of one microbatch, not of the first minibatch"))])
+def test_09_a_ratio_that_is_not_1_shows(monkeypatch, microbatch):
     def wrong(*args, call=ppo.rollout, **kwargs):
         batch = call(*args, **kwargs)
-        batch.logprobs[batch.response_mask] += 0.1
+        shortest = batch.mask.sum(1).argmin()
+        batch.logprobs[shortest] += 0.1 * batch.response_mask[shortest]
         return batch
 
     monkeypatch.setattr(ppo, "rollout", wrong)
-    close(make().step()[0]["ratio_first"], math.exp(-0.1))
+    close(make(microbatch=microbatch).step()[0]["ratio_first"], math.exp(-0.1))
 
 
 def test_10_old_logprobs_are_the_training_forwards_and_the_samplers_gap_is_logged(monkeypatch, batch):
@@ -478,7 +482,7 @@ def test_14_logged_kl_is_a_sum_over_a_response_and_a_mean_over_real_tokens(spy):
 
 
 def test_15_advantages_are_whitened_after_returns_are_made_under_the_mask_with_bessel(spy):
-    trainer, gae = make(), spy(ppo, "compute_gae")
+    trainer, gae = make(batch=24), spy(ppo, "compute_gae")
     updates = spy(trainer, "update")
     trainer.step()
     (_, values, mask, *_), (advantages, returns) = gae[0]
@@ -609,15 +613,13 @@ def byte_tokenizer(folder):
     return load_tokenizer(folder, "hh")
 
 
-@pytest.mark.xfail(strict=True, reason="model_score gives the policy's ids to a reward model of any tokenizer")
+@pytest.mark.xfail(strict=True, reason="the reward model gets the policy's ids whatever its own tokenizer is")
 def test_21_a_reward_model_with_another_tokenizer_gets_text(folder, tmp_path, spy):
-    tok, messages = load_tokenizer(TINY), [{"role": "user", "content": "Hello!"}]
     other = byte_tokenizer(tmp_path)
     tiny(RewardModel, vocab=1024).save_pretrained(tmp_path, other.files)
-    options = {"out": str(tmp_path / "run"), "reward_model": str(tmp_path), "model": str(folder / "base")}
-    score, seen = c2f.model_score(c2f.Run(c2f.resolve(options, "plus"), "plus")), spy(RewardModel, "score_rows")
-    score([{"messages": messages}], [tok.encode(" Good day.", continues=True)])
-    assert other.decode(seen[0][0][1][0]) == "\n\nHuman: Hello!\n\nAssistant: Good day."
+    given = recipe(folder, tmp_path / "run", "plus", "--reward-model", str(tmp_path))
+    rows = scored(given, spy, [load_tokenizer(TINY).encode(" Good day.", continues=True)])
+    assert other.decode(rows[0]) == "\n\nHuman: Hello!\n\nAssistant: Good day."
 
 
 def test_22_the_critic_reads_the_ids_that_the_actor_reads():
@@ -708,7 +710,7 @@ def test_26_old_new_and_reference_logprobs_share_the_support_that_sampling_had(s
 
 def test_26_the_coarse_stage_forbids_eos_and_never_ends_a_response(stages):
     given, tok = stages["coarse"], load_tokenizer(TINY)
-    assert given["eos_id"] is None and given["stop"] is None and tuple(given["forbid"]) == (tok.eos_id,)
+    assert given.get("eos_id") is given.get("stop") is None and tuple(given["forbid"]) == (tok.eos_id,)
     row = json.loads((given["out"] / "metrics.jsonl").read_text())
     assert row["eos_rate"] == 0 and row["response_length"] == row["length_limit"] == 6
 
@@ -721,23 +723,22 @@ def test_27_the_preferences_hold_rambling_over_long_and_cut_rejected_answers():
     assert share(lambda c, r: not r.endswith(".") and c.endswith(".")) > 0.03
 
 
-def test_27_answers_are_cut_at_the_length_that_training_can_hold():
-    tok, messages = load_tokenizer(TINY), [{"role": "user", "content": "Hello!"}]
-    chosen, rejected = reward.encode_pair(tok, messages, " Hello.", " So it is red." * 50, 40)
+def test_27_over_long_answers_are_cut_and_get_no_ending():
+    tok = load_tokenizer(TINY)
+    chosen, rejected = reward.encode_pair(tok, HELLO, " Hello.", " So it is red." * 50, 40)
     assert len(rejected) == 40 and rejected[-1] != tok.eos_id and len(chosen) < 40
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_28_the_score_is_logged_against_length(sign, spy):
     noise = random.Random(0)
-    trainer = make(lambda contexts, responses: [sign * len(r) + noise.random() for r in responses], batch=24)
-    updates = spy(trainer, "update")
-    metrics, samples = trainer.step()
-    lengths = updates[0][0][0].response_mask.sum(1).float()
-    scores = spy and metrics["score_length_correlation"]
-    assert sign * scores > 0.9 and len(samples) == 3 and lengths.std() > 0
-    x, y = torch.randn(2, 50)
-    close(ppo.correlation(x, y), torch.corrcoef(torch.stack((x, y)))[0, 1])
+    trainer = make(lambda contexts, responses: [sign * len(r) + 3 * noise.random() for r in responses], batch=24)
+    shaped = spy(ppo, "shape_scores")
+    metrics, _ = trainer.step()
+    scores, lengths = shaped[0][0][:2]
+    expected = np.corrcoef(scores, lengths)[0, 1]
+    close(metrics["score_length_correlation"], expected)
+    assert 0.5 < sign * expected < 0.999
 
 
 def test_28_the_length_term_is_a_share_of_the_limit_so_that_it_means_the_same_while_the_limit_moves():
@@ -970,17 +971,16 @@ def test_cm_is_a_logistic_regression_on_trend_spread_and_change():
     assert controller.p_extend == pytest.approx(1 / (1 + math.exp(0.1 - np.dot(weights, features))))
 
 
-def test_cm_probabilities_are_those_that_its_docstring_states():
-    rng = random.Random(0)
-    calm = ContinuousMaximization(threshold=1.0)  # never extends: the window slides
-    ps = []
-    for _ in range(300):
-        calm.update(rng.gauss(0, 0.1), rng.gauss(0.3, 0.05))
-        ps.append(calm.p_extend)
-    assert sum(ps[8:]) / len(ps[8:]) == pytest.approx(0.9, abs=0.03)
-    swinging = ContinuousMaximization()
-    feed(swinging, [(0.5 * (-1) ** n, 0.2) for n in range(8)])
-    assert swinging.p_extend == pytest.approx(0.4, abs=0.05)
+@pytest.mark.parametrize("name, p, reward", [
+    ("a calm pair", 0.9, lambda n, noise: noise),
+    pytest.param("half a deviation to and fro", 0.4, lambda n, noise: 0.5 * (-1) ** n,
+                 marks=pytest.mark.xfail(strict=True, reason="0.50 in truth: it extends half of the time"))])
+def test_cm_probabilities_are_those_that_its_docstring_states(name, p, reward):
+    rng, controller, ps = random.Random(0), ContinuousMaximization(threshold=1.0), []  # never extends: its window slides
+    for n in range(400):
+        controller.update(reward(n, rng.gauss(0, 0.1)), rng.gauss(0.3, 0.05))
+        ps.append(controller.p_extend)
+    assert sum(ps[8:]) / len(ps[8:]) == pytest.approx(p, abs=0.05)
 
 
 @pytest.mark.parametrize("shift", [-1000.0, 0.3, 1000.0])
@@ -1043,9 +1043,15 @@ def test_the_trainer_hands_the_limit_its_reward_and_value_loss_and_obeys_it(spy)
 
 
 def test_ppo_learns_to_say_the_token_that_pays():
-    trainer = make(actor=tiny(vocab=40), critic=tiny(ScalarModel, vocab=40), steps=40, batch=32, epochs=2, minibatches=2,
-                   lr=3e-3, critic_lr=3e-3)
-    metrics = [trainer.step()[0] for _ in range(40)]
-    mean = lambda name, rows: sum(m[name] for m in rows) / len(rows)  # noqa: E731
-    assert abs(mean("reward", metrics[:3])) < 0.7 and mean("reward", metrics[-3:]) > 3
-    assert mean("kl", metrics[-3:]) > 1 and mean("explained_variance", metrics[-5:]) > 0.2
+    trainer = make(actor=tiny(vocab=40), critic=tiny(ScalarModel, vocab=40), steps=12, batch=32, minibatches=2)
+    metrics, samples = zip(*(trainer.step() for _ in range(12)))
+    rewards = [m["reward"] for m in metrics]  # in deviations of the reference's scores, whose mean is 0
+    assert abs(rewards[0]) < 1 and min(rewards[-3:]) > 5 and metrics[-1]["kl"] > 1
+    assert sum(share_of_7(None, [s[1] for s in samples[-1]])) / 3 > 0.5
+
+
+def test_the_critic_learns_what_is_to_come():
+    trainer = make(steps=15, batch=64, epochs=2, minibatches=2, lr=0.0, value_clip=100.0)
+    metrics = [trainer.step()[0] for _ in range(15)]
+    explained = [m["explained_variance"] for m in metrics]
+    assert explained[0] < 0.1 and sum(explained[-5:]) / 5 > 0.3 and metrics[-1]["kl"] == 0.0
