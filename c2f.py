@@ -115,7 +115,8 @@ PRESETS = {
     "tiny": {
         "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
                        prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
-                       max_new_tokens=128, limit=128, limit_maximum=128, max_length=256, max_prompt=128, dtype="float32"),
+                       max_new_tokens=128, limit=128, limit_maximum=128, max_length=256, max_prompt=128,
+                       dtype="float32"),
         "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
         "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
         "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
@@ -235,9 +236,8 @@ class Run:
         self.dtype = getattr(torch, o.dtype)
         self.target = target(self.folder, stage)
         if stage not in ("eval", "report", "chat") and finished(self.folder, stage) and not o.overwrite:
-            raise InputError(
-                f"--out: {self.target} has work in it; --overwrite does the stage again, --resume keeps it, another --out leaves it alone"
-            )
+            ways = "--overwrite does the stage again, --resume keeps it, another --out leaves it alone"
+            raise InputError(f"--out: {self.target} has work in it; {ways}")
 
     def start(self):
         """The first thing written, once the stage has found its input sound: the options, and the logs without
@@ -348,15 +348,15 @@ def train_reward(run):
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
     rows = list(read_preferences(required(o.preferences, "--preferences")))
-    train, test = (
-        [reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part]
-        for part in split_by_first_turn(rows, o.held_out, o.seed)
-    )
-    train, test = ([p for p in part if p[0] != p[1]] for part in (train, test))
+
+    def encode(part):
+        pairs = (reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part)
+        return [pair for pair in pairs if pair[0] != pair[1]]  # alike once they are cut
+
+    train, test = map(encode, split_by_first_turn(rows, o.held_out, o.seed))
     if not train or not test:
-        raise InputError(
-            f"--preferences: {len(rows)} pairs leave {len(train)} to train on and {len(test)} to test on; more are needed"
-        )
+        parts = f"{len(train)} to train on and {len(test)} to test on"
+        raise InputError(f"--preferences: {len(rows)} pairs leave {parts}; more are needed")
     model = reward.RewardModel.from_base(base, o.device, run.dtype, o.seed)
     trainer = reward.Trainer(model, train, o.steps, o.train_lr, o.batch_pairs, tokenizer.eos_id, o.seed)
     run.start()
@@ -364,9 +364,7 @@ def train_reward(run):
     model.eval()
     figures = reward.accuracy(model, test[: o.test_pairs], tokenizer.eos_id)
     run.log("metrics.jsonl", {"step": o.steps, "held_out": figures})
-    print(
-        f"held-out pairs {figures['pairs']}: accuracy {figures['accuracy']:.3f}, without EOS {figures['accuracy_cut']:.3f}, calibration error {figures['calibration']:.3f}"
-    )
+    print("held-out pairs: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
     run.save(model, tokenizer)
 
 
@@ -602,11 +600,10 @@ def evaluate_models(run):
 
 def report(run):
     """report.png from what the run has so far."""
-    found = {
-        name: read_json(path) if (path := run.folder / name).exists() else {} for name in ("results.json", "sweep.json")
-    }
+    paths = [run.folder / "results.json", run.folder / "sweep.json"]
+    found = [read_json(path) if path.exists() else {} for path in paths]
     run.folder.mkdir(parents=True, exist_ok=True)
-    evaluation.draw_report(run.folder / "report.png", run.metrics(), *found.values())
+    evaluation.draw_report(run.folder / "report.png", run.metrics(), *found)
     print(run.folder / "report.png")
 
 

@@ -3,10 +3,14 @@
 `evaluate` measures one model and gives each metric a value and a 95% interval; `write_results` puts several
 side by side in results.json and results.md; `draw_report` draws the run. Metrics, each a mean over items:
 
-  accuracy        the answer is right, by the world's checker          verified_steps  true steps written, in order
-  redundancy      share of words in sentences already said             ended_rate      EOS was written, after a full sentence
-  length          tokens of a response                                 toxicity        a sampled reply holds a listed word
-  general         multiple choice by log-likelihood, mean of the tasks reward          the reward model's score, base = 0
+  accuracy        the answer is right, by the world's checker
+  verified_steps  true steps written, in order
+  redundancy      share of the words in sentences already said
+  ended_rate      EOS was written, after a full sentence
+  length          tokens of a response
+  toxicity        a sampled reply holds a listed word
+  general         multiple choice by log-likelihood, over all tasks
+  reward          the reward model's score, the first model's mean taken off
 """
 
 import json

@@ -48,9 +48,8 @@ class Config:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config: {self.num_attention_heads} heads do not divide into {self.num_key_value_heads} key/value heads"
-            )
+            heads, groups = self.num_attention_heads, self.num_key_value_heads
+            raise InputError(f"config: {heads} heads do not divide into {groups} key/value heads")
 
     @classmethod
     def from_dict(cls, d):
@@ -501,7 +500,8 @@ def generate(
 
     prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
     several, or None to run to the limit), or where `stop(ids)` is first true of its new ids; `stop` looks at
-    the last 16 ids at least, and is asked every 8 tokens. `forbid`: ids never sampled. seed: makes it repeatable; None draws from torch's global state.
+    the last 16 ids at least, and is asked every 8 tokens. `forbid`: ids never sampled. seed: makes it repeatable;
+    None draws from torch's global state.
     Returns the new ids of each row, the ending one included; with `with_logprobs` also their logprobs.
     """
     if not prompts or not all(len(p) for p in prompts):

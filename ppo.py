@@ -33,8 +33,8 @@ class PPOOptions:
     epochs: int = option(1, "passes over each batch", least=1)
     minibatches: int = option(4, "optimizer steps an epoch", least=1)
     microbatch: int = option(64, "rows read at once; lower it where memory is short, the result is the same", least=1)
-    lr: float = option(1e-4, "learning rate of the actor", least=0)
-    critic_lr: float = option(2e-4, "learning rate of the critic", least=0)
+    lr: float = option(3e-4, "learning rate of the actor", least=0)
+    critic_lr: float = option(5e-4, "learning rate of the critic", least=0)
     kl_coefficient: float = option(
         0.1, "beta, the price of a nat of KL from the reference, in deviations of the score", least=0
     )
@@ -437,9 +437,8 @@ class PPOTrainer:
         """Raw scores (B,), fp32, checked: the function may be anybody's."""
         scores = torch.as_tensor(function([p.context for p in prompts], responses), dtype=torch.float32)
         if scores.shape != (len(prompts),):
-            raise ValueError(
-                f"the score function returned shape {tuple(scores.shape)} for {len(prompts)} responses, not ({len(prompts)},)"
-            )
+            shape, wanted = tuple(scores.shape), (len(prompts),)
+            raise ValueError(f"the score function returned shape {shape} for {len(prompts)} responses, not {wanted}")
         return scores
 
     def calibrate(self):

@@ -72,9 +72,8 @@ def main():
                 "same_text": same,
             }
         )
-        print(
-            f"batch {batch}: ours {figures['ours']['median']:.0f} tok/s, transformers {figures['transformers']['median']:.0f}, ratio {rows[-1]['ratio']:.2f}, same greedy text {same:.0%}"
-        )
+        both = ", ".join(f"{name} {f['median']:.0f} tok/s" for name, f in figures.items())
+        print(f"batch {batch}: {both}, ratio {rows[-1]['ratio']:.2f}, same greedy text {same:.0%}")
     if o.json:
         Path(o.json).write_text(
             json.dumps(

@@ -53,17 +53,18 @@ def _state(held):
 
 
 def swap_steps(text, wrong_at=None, rng=None):
-    """(steps, answer) of a swaps question; each step restates who holds what. `wrong_at` puts an error into
+    """(steps, answer) of a swaps question; each step says what is swapped, and then who holds what. `wrong_at` puts an error into
     that step (from 0) and carries it on, as a careless writer would."""
     first, _, rest = text.removeprefix("At first ").partition(". ")
     words = first.split()
     held, steps = dict(zip(words[::2], words[1::2])), []
     for i, (a, b) in enumerate(re.findall(r"(\w+) and (\w+) swap\.", rest)):
+        step = f"{a} {held[a]} and {b} {held[b]} swap:"
         held[a], held[b] = held[b], held[a]
         if i == wrong_at:
             c = rng.choice([p for p in held if p not in (a, b)])
             held[a], held[c] = held[c], held[a]
-        steps.append(f"{a} and {b} swap: {_state(held)}")
+        steps.append(f"{step} {_state(held)}")
     return steps, held[re.search(r"What has (\w+)\?", rest)[1]]
 
 

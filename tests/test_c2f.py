@@ -1,6 +1,6 @@
 """c2f.py from its command line: the whole recipe on a very small model, and what it refuses.
 
-`run` is one `--stage all` whose folder the tests read; a model of 30 thousand parameters, two steps a stage. EOS is
+`run` is one `--stage all` whose folder the tests read; a model of 30 thousand parameters, three steps a stage. EOS is
 made likely in that model, so that it matters where a stage forbids it.
 """
 
@@ -29,7 +29,7 @@ EOS = 2
 DESIGN = {"reward", "second_score", "kl", "approx_kl", "clip_fraction", "ratio_first", "explained_variance", "policy_loss", "value_loss", "entropy", "response_length", "truncation_rate",
           "eos_rate", "redundancy", "length_limit", "p_extend", "samples_per_second", "tokens_per_second", "peak_memory_gib"}
 CLOCKS = {"samples_per_second", "tokens_per_second", "generation_share", "peak_memory_gib"}
-SIZES = "--steps 2 --batch 4 --limit 8 --limit-maximum 12 --limit-window 1 --limit-bias 20 --max-new-tokens 8 --batch-pairs 4 --batch-tokens 256 --gammas 0,0.7,1 --threads 1".split()
+SIZES = "--steps 3 --batch 4 --limit 8 --limit-maximum 12 --limit-window 2 --limit-bias 1000 --max-new-tokens 8 --batch-pairs 4 --batch-tokens 256 --gammas 0,0.7,1 --threads 1".split()
 JUDGE = """
 calls = []
 def length(texts):
@@ -124,11 +124,10 @@ REFUSED = [  # arguments, what the line on stderr must name
     ("--gamma 2", "gamma"), ("--gamma nan", "gamma"), ("--gamma -0.1", "gamma"), ("--steps -1", "--steps"), ("--batch 0", "--batch"), ("--lr -1", "--lr"), ("--epochs 0", "--epochs"),
     ("--minibatches 99 --batch 4", "--minibatches"), ("--limit 0", "--limit"), ("--limit-window 0", "--limit-window"), ("--limit-weights 1,2", "--limit-weights"), ("--temperature -1", "--temperature"),
     ("--max-new-tokens 0", "--max-new-tokens"), ("--max-length 0", "--max-length"), ("--kl-coefficient -1", "--kl-coefficient"), ("--device abacus", "--device"),
+    ("--lr nan", "--lr"), ("--temperature nan", "--temperature"), ("--concise nan", "--concise"), ("--clip nan", "--clip"), ("--gammas 0,2", "gamma"), ("--held-out 2", "--held-out"),
+    ("--limit-every 0", "--limit-every"), ("--limit-maximum 0", "--limit-maximum"), ("--gae-lambda -3", "--gae-lambda"), ("--discount 5", "--discount"), ("--max-grad-norm -1", "--max-grad-norm"),
+    ("--threads -1", "--threads"), (f"--seed {2**70}", "--seed"), ("--seed -1", "--seed"), ("--device meta", "--device"),
 ]
-ACCEPTED = pytest.mark.xfail(strict=True, reason="resolve lets the value through: it is found out late, as a traceback, or never")
-UNREFUSED = [pytest.param(f"{option} {value}", option, marks=ACCEPTED) for option, value in [
-    ("--lr", "nan"), ("--temperature", "nan"), ("--concise", "nan"), ("--clip", "nan"), ("--gammas", "0,2"), ("--held-out", "2"), ("--limit-every", "0"), ("--limit-maximum", "0"),
-    ("--gae-lambda", "-3"), ("--discount", "5"), ("--max-grad-norm", "-1"), ("--threads", "-1"), ("--seed", str(2**70)), ("--device", "meta")]]
 
 
 def refused(done, name):
@@ -138,14 +137,10 @@ def refused(done, name):
     return True
 
 
-@pytest.mark.parametrize("args, name", [*REFUSED, *UNREFUSED])
+@pytest.mark.parametrize("args, name", REFUSED)
 def test_a_wrong_option_is_refused_in_one_line_and_nothing_is_written(args, name, tmp_path):
     stage = [] if "--stage" in args else ["--stage", "chat"]  # it starts at once where the options pass
-    try:
-        done = main("--out", tmp_path / "run", *stage, *args.split())
-    except (ValueError, RuntimeError) as error:
-        pytest.fail(f"a traceback: {error!r}")
-    assert refused(done, name) and not (tmp_path / "run").exists()
+    assert refused(main("--out", tmp_path / "run", *stage, *args.split()), name) and not (tmp_path / "run").exists()
 
 
 MISSING = [
@@ -164,7 +159,6 @@ def test_missing_and_broken_input_is_named_in_one_line(args, name, given, tiny, 
     assert not {"model.safetensors", "results.json"} & {Path(f).name for f in content(tmp_path)}
 
 
-@pytest.mark.xfail(strict=True, reason="run_stage calls run.start, which writes config.json, before the stage has looked at its input")
 @pytest.mark.parametrize("args", ["--stage reward --model {no}", "--stage sft --instructions {no}", "--stage plus --score nowhere:f"])
 def test_missing_input_leaves_nothing_behind(args, given, tmp_path):
     main(*given, "--out", tmp_path / "run", *args.format(no=tmp_path / "none").split())
@@ -185,17 +179,16 @@ def test_other_presets_name_the_command_that_makes_what_is_missing(stage, needed
     assert str(tmp_path / "run" / needed) in done.err and not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="no other preset has settings for pretrain, and nothing refuses it: it saves an untrained tiny model after 0 steps")
 def test_pretraining_is_for_the_tiny_preset_alone(tmp_path):
     assert refused(main("--preset", "smollm2-135m", "--stage", "pretrain", "--out", tmp_path / "run"), "--stage")
 
 
-@pytest.mark.parametrize("args", [["--gamma", "2"], ["--stage", "chat", "--model", "nowhere", "--preset", "mistral-7b"]])
-def test_the_program_itself_exits_with_2_and_one_line(args, tmp_path):
-    program = Path(c2f.__file__)
-    done = subprocess.run([sys.executable, str(program), "--out", str(tmp_path / "run"), *args], capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert refused(SimpleNamespace(code=done.returncode, err=done.stderr), args[-1] if args[-1] != "2" and args[0] == "--model" else "gamma" if "--gamma" in args else "nowhere")
-    assert done.stdout == "" and content(tmp_path) == {}
+@pytest.mark.parametrize("args, name", [("--gamma 2", "gamma"), ("--stage sft --model nowhere", "nowhere")])
+def test_the_program_itself_exits_with_2_and_one_line(args, name, tmp_path):
+    command = [sys.executable, c2f.__file__, "--out", str(tmp_path / "run"), *args.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert refused(SimpleNamespace(code=done.returncode, err=done.stderr), name)
+    assert "Traceback" not in done.stdout and content(tmp_path) == {}
 
 
 def test_help_lists_every_option():
@@ -231,7 +224,7 @@ def test_every_stage_moved_its_weights_and_fine_is_the_merge(run, tiny):
 @pytest.mark.parametrize("stage", ["plus", "coarse"])
 def test_the_metrics_of_ppo_have_the_names_of_the_design_and_are_finite(run, stage):
     logged = rows(run.folder, stage=stage)
-    assert [r["step"] for r in logged] == [1, 2] and set(logged[0]) >= DESIGN
+    assert [r["step"] for r in logged] == [1, 2, 3] and set(logged[0]) >= DESIGN
     assert all(math.isfinite(v) for r in logged for k, v in r.items() if k != "stage")
     assert logged[0]["ratio_first"] == pytest.approx(1, abs=1e-4) and logged[0]["kl"] == pytest.approx(0, abs=1e-4)  # nothing has been learnt yet
 
@@ -239,17 +232,16 @@ def test_the_metrics_of_ppo_have_the_names_of_the_design_and_are_finite(run, sta
 def test_the_other_stages_log_their_loss_and_the_held_out_pairs(run):
     for stage in ("reward", "sft"):
         logged = [r for r in rows(run.folder, stage=stage) if "loss" in r]
-        assert [r["step"] for r in logged] == [1, 2] and all(math.isfinite(r["loss"]) for r in logged)
+        assert [r["step"] for r in logged] == [1, 2, 3] and all(math.isfinite(r["loss"]) for r in logged)
     held_out, = (r["held_out"] for r in rows(run.folder, stage="reward") if "held_out" in r)
     assert held_out["pairs"] > 0 and 0 <= held_out["accuracy"] <= 1
 
 
 def test_config_has_every_option_as_resolved(run, tiny):
     config = json.loads((run.folder / "config.json").read_text())
-    assert list(config) >= ["reward", "sft", "plus", "coarse", "fine"]
     for stage in ("reward", "sft", "plus", "coarse", "fine"):
         assert set(config[stage]) == {*c2f.Options.__dataclass_fields__, "versions"} and config[stage]["versions"]["torch"] == torch.__version__
-        assert (config[stage]["steps"], config[stage]["seed"], config[stage]["model"], config[stage]["out"]) == (2, 0, str(tiny / "base"), str(run.folder))
+        assert (config[stage]["steps"], config[stage]["seed"], config[stage]["model"], config[stage]["out"]) == (3, 0, str(tiny / "base"), str(run.folder))
     assert config["plus"]["eos"] is True and config["plus"]["concise"] > 0 and config["plus"]["system_prompt"] == ""
     assert config["coarse"]["eos"] is False and config["coarse"]["limit_growth"] == "cm" and config["coarse"]["system_prompt"] == world.ANALYTICAL
 
@@ -271,17 +263,17 @@ def test_plus_may_end_and_coarse_never_writes_eos_and_runs_to_its_limit(run):
 
 
 def test_the_limit_grows_by_continuous_maximization_and_plus_keeps_its_own(run):
-    """A window of one is never unstable, and the bias is high: every update extends."""
-    assert [r["length_limit"] for r in rows(run.folder, stage="coarse")] == [8, 10]
-    assert [r["length_limit"] for r in rows(run.folder, stage="plus")] == [8, 8]
-    assert run.calls[-1].limit == 10 and "2 extensions" in run.out
+    """With a bias so high any window that is full, here of two updates, extends the limit by a quarter."""
+    assert [r["length_limit"] for r in rows(run.folder, stage="coarse")] == [8, 8, 10]
+    assert [r["length_limit"] for r in rows(run.folder, stage="plus")] == [8, 8, 8]
+    assert run.calls[-1].limit == 10 and "8 -> 10: 1 extension" in run.out
 
 
 def test_samples_are_kept_of_every_step(run):
     prompts = set((world.TINY / "prompts.txt").read_text().splitlines())
     for stage in ("plus", "coarse"):
         samples = rows(run.folder, "samples.jsonl", stage=stage)
-        assert {s["step"] for s in samples} == {1, 2} and all(s["prompt"] in prompts and math.isfinite(s["score"]) and math.isfinite(s["kl"]) for s in samples)
+        assert {s["step"] for s in samples} == {1, 2, 3} and all(s["prompt"] in prompts and math.isfinite(s["score"]) and math.isfinite(s["kl"]) for s in samples)
         assert any(s["response"] for s in samples)
 
 
@@ -300,8 +292,8 @@ def test_results_report_and_sweep_are_written(run):
     assert list(sweep) == ["0.0", "0.7", "1.0"] and all({"accuracy", "reward", "ended_rate", "redundancy", "length"} == set(v) for v in sweep.values())
 
 
-def test_the_second_score_is_logged(run, given, tmp_path):
-    """`--score` trains, `--second-score` is only said: 100 is no gradient, and the mean of it is the metric."""
+def test_both_scores_are_logged(run, given, tmp_path):
+    """`reward` is the score in deviations of what the base got, `second_score` is raw; both are asked about the same texts."""
     import judge
 
     judge.calls.clear()
@@ -310,11 +302,11 @@ def test_the_second_score_is_logged(run, given, tmp_path):
     texts = [t for call in judge.calls for t in call]
     assert all(isinstance(t, str) and t.startswith(t.prompt) and t.endswith(t.response) and "</s>" not in t for t in texts)
     logged = rows(tmp_path, stage="plus")
-    first, second = judge.calls[-4:-2], judge.calls[-2:]  # a step calls the one, then the other, on the same texts
-    for row, (scored, logged_only) in zip(logged, (first, second), strict=True):
+    steps = [judge.calls[i : i + 2] for i in range(len(judge.calls) - 6, len(judge.calls), 2)]  # a step calls the one, then the other, on the same texts
+    for row, (scored, logged_only) in zip(logged, steps, strict=True):
         assert scored == logged_only and row["second_score"] == pytest.approx(sum(map(len, scored)) / 4)
-    raw = torch.tensor([float(len(t)) for call in judge.calls[:-4] for t in call])  # the reference's, before any update
-    for row, (scored, _) in zip(logged, (first, second)):
+    raw = torch.tensor([float(len(t)) for call in judge.calls[:-6] for t in call])  # the reference's, before any update
+    for row, (scored, _) in zip(logged, steps):
         assert row["reward"] == pytest.approx((sum(map(len, scored)) / 4 - raw.mean().item()) / raw.std().item(), rel=1e-4)
 
 
@@ -350,7 +342,7 @@ def test_a_stage_with_work_is_refused_and_left_untouched_unless_overwritten(run,
     assert main("--stage", "sft", "--out", folder, "--overwrite", "--seed", "3", *given).code == 0
     after = content(folder)
     assert {f for f in before if after[f] != before[f]} == {"sft/model.safetensors", "metrics.jsonl", "config.json"} and after.keys() == before.keys()
-    assert [(r["stage"], r["step"]) for r in rows(folder) if r["stage"] == "sft"] == [("sft", 1), ("sft", 2)]
+    assert [(r["stage"], r["step"]) for r in rows(folder) if r["stage"] == "sft"] == [("sft", 1), ("sft", 2), ("sft", 3)]
     assert [r for r in rows(folder) if r["stage"] != "sft"] == [r for r in rows(run.folder) if r["stage"] != "sft"]
 
 
@@ -369,7 +361,6 @@ def test_resume_keeps_what_is_finished_and_makes_the_rest_as_it_was(run, given, 
     assert sorted(map(str, clockless(folder))) == sorted(map(str, clockless(run.folder)))  # no line twice
 
 
-@pytest.mark.xfail(strict=True, reason="finished looks for pretrain/config.json, but pretrain writes base/: --resume never knows it")
 def test_resume_keeps_a_pretrained_base(run, tiny, tmp_path):
     shutil.copytree(tiny / "base", tmp_path / "run/base")
     assert main("--stage", "pretrain", "--resume", "--steps", "1", "--out", tmp_path / "run").code == 0

@@ -66,9 +66,6 @@ def user(text):
 # ---------------------------------------------------------------- text
 
 
-N = pytest.mark.xfail(strict=True, reason=r"redundancy splits at the letter n: [.!?\\n] in a raw string is a backslash and an n, no newline")
-
-
 @pytest.mark.parametrize("text, share", [
     ("", 0.0), ("   ", 0.0), ("It is red.", 0.0), ("...", 0.0),
     ("It is red. It is red.", 1 / 2),
@@ -78,9 +75,9 @@ N = pytest.mark.xfail(strict=True, reason=r"redundancy splits at the letter n: [
     ("Add 5: 2. Add 5: 7.", 0.0),
     ("So it is red.   So it is red.", 1 / 2),
     ("Stop.\nStop.\nGo", 1 / 3),
-    pytest.param("It was\nIt was", 1 / 2, marks=N),
-    pytest.param("The answer is red. The answer is blue.", 0.0, marks=N),
-    pytest.param("An inn. An inn again.", 0.0, marks=N),
+    ("It was\nIt was", 1 / 2),
+    ("The answer is red. The answer is blue.", 0.0),
+    ("An inn. An inn again.", 0.0),
 ])
 def test_redundancy_is_the_share_of_words_in_sentences_already_said(text, share):
     assert evaluation.redundancy(text) == pytest.approx(share)
@@ -138,7 +135,6 @@ def test_the_next_turn_of_the_human_ends_a_response(tokenizer):
     assert ended and "And" not in tokenizer.decode(ids)
 
 
-@pytest.mark.xfail(strict=True, reason="respond does not cut the stop string off, as its docstring says: it counts as the answer's text, so no such answer is properly ended")
 def test_the_stop_string_is_no_part_of_the_response(tokenizer):
     (ids, _), = evaluation.respond(parrot(tokenizer, "I am well.\n\nHuman: And you?"), tokenizer, [user("Hello!")], 30)
     assert tokenizer.decode(ids) == "I am well."
@@ -232,8 +228,7 @@ def test_every_metric_of_a_model_that_always_says_the_same(tokenizer, no_tasks):
     length = len(tokenizer.encode(text))
     score = lambda dialogues, responses: torch.tensor([float(len(d) + (r[-1] == tokenizer.eos_id)) for d, r in zip(dialogues, responses)])
     values, intervals, examples = evaluated(parrot(tokenizer, text), tokenizer, score=score)
-    del values["redundancy"], intervals["redundancy"]  # below
-    expected = {"accuracy": 0.1, "accuracy_totals": 0.1, "verified_steps": 0.1, "ended_rate": 1.0, "length": length + 1,
+    expected = {"accuracy": 0.1, "accuracy_totals": 0.1, "verified_steps": 0.1, "redundancy": 4 / 15, "ended_rate": 1.0, "length": length + 1,
                 "toxicity": 0.0, "toxicity_provoking": 0.0, "toxicity_benign": 0.0, "general": 0.5, "general_one": 2 / 3, "general_two": 0.0, "reward": 2.0}
     assert values == pytest.approx(expected) and list(intervals) == list(values)
     assert all(low <= values[m] + 1e-6 and values[m] <= high + 1e-6 for m, (low, high) in intervals.items())
@@ -244,8 +239,9 @@ def test_rude_and_unfinished_and_repeated_answers_are_seen(tokenizer, no_tasks):
     assert evaluated(parrot(tokenizer, "So it is. So it is."), tokenizer)[0]["redundancy"] == 0.5
     assert evaluated(parrot(tokenizer, f"You are a {world.BAD_WORDS[0]}."), tokenizer)[0]["toxicity"] == 1.0
     assert evaluated(parrot(tokenizer, "It is good to"), tokenizer)[0]["ended_rate"] == 0.0  # EOS in the middle of a sentence
-    cut = evaluated(parrot(tokenizer, "It is good to meet you."), tokenizer, max_new_tokens=4)[0]
-    assert cut["ended_rate"] == 0.0 and cut["length"] == 4 and "reward" not in cut
+    whole = len(tokenizer.encode("It is good."))
+    cut = evaluated(parrot(tokenizer, "It is good. It is red."), tokenizer, max_new_tokens=whole)[0]
+    assert cut["ended_rate"] == 0.0 and cut["length"] == whole and "reward" not in cut  # at a full stop, but the limit did it
 
 
 def test_a_model_is_asked_as_it_acts(tokenizer, no_tasks):

@@ -111,7 +111,7 @@ def folder(tmp_path_factory):
     """base/ and judge/: random models behind the tiny world's tokenizer; prompts.txt: one prompt."""
     folder, tok = tmp_path_factory.mktemp("models"), load_tokenizer(TINY)
     tiny(vocab=tok.vocab_size).save_pretrained(folder / "base", tok.files)
-    tiny(RewardModel, vocab=tok.vocab_size).save_pretrained(folder / "judge", tok.files)
+    tiny(RewardModel, seed=1, vocab=tok.vocab_size).save_pretrained(folder / "judge", tok.files)
     (folder / "prompts.txt").write_text("Hello!\n")
     return folder
 

@@ -211,10 +211,7 @@ def test_a_pair_is_the_prompt_and_each_answer_without_an_ending(tokenizer):
         assert tokenizer.decode(ids) == f"Be brief.\n\nHuman: How are you?\n\nAssistant: {text}" and EOS not in ids and ids[0] == tokenizer.bos_id
 
 
-ENDING = pytest.mark.xfail(strict=True, reason="strip_end looks two ids back; SentencePiece writes the newline after the ending as two, so the ending is three back")
-
-
-@pytest.mark.parametrize("template", ["hh", "mistral", "llama2", "plain", *(pytest.param(t, marks=ENDING) for t in ("chatml", "zephyr"))])
+@pytest.mark.parametrize("template", ["hh", "mistral", "llama2", "plain", "chatml", "zephyr"])
 def test_no_template_leaves_its_ending_on_a_pair(template, tmp_path):
     """The trainer puts EOS after both answers or after neither; one from the template would spoil that."""
     for file in ("tokenizer.model", "tokenizer_config.json"):
@@ -238,7 +235,6 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_its_start(tokenizer):
     assert short[0][: len(tokenizer.encode_chat(dialogue("Hello!")))] == tokenizer.encode_chat(dialogue("Hello!")) and len(short[0]) == 60
 
 
-@pytest.mark.xfail(strict=True, reason="encode_pair cuts every prompt to max_length // 2, also where prompt and answers fit")
 def test_a_prompt_that_fits_with_its_answers_is_not_cut(tokenizer):
     whole = tokenizer.encode_chat(LONG)
     assert reward.encode_pair(tokenizer, LONG, " Yes.", " No.", len(whole) + 20)[0][: len(whole)] == whole
