@@ -437,20 +437,15 @@ def make_limit(o):
         return ppo.FixedLimit(o.limit)
     if o.limit_growth == "stepped":
         return ppo.SteppedLimit(o.limit, o.limit_maximum, o.limit_step, o.limit_every)
-    # Scores are in deviations of the reference's, so a mean over a batch varies by 1/sqrt(batch) by sampling alone.
-    # The reference deviation is three of those, but at most the score's own.
-    noise = min(1.0, 3 / o.batch**0.5)
+    # Scores are in deviations of the reference's, so that their mean over a batch varies by 1/sqrt(batch) by
+    # sampling alone: two of those are the rewards' reference deviation. A critic's loss is a mean over tokens,
+    # nearly all of whose values are easy; a tenth of the score's variance is much for it.
+    reward_scale, value_scale = 2 / o.batch**0.5, 0.1
     return ppo.ContinuousMaximization(
-        o.limit,
-        o.limit_maximum,
-        o.limit_factor,
-        o.limit_window,
-        o.limit_threshold,
-        noise,
-        noise,
-        o.limit_weights,
-        o.limit_bias,
-    )
+        initial=o.limit, maximum=o.limit_maximum, factor=o.limit_factor, window=o.limit_window,
+        threshold=o.limit_threshold, reward_scale=reward_scale, value_scale=value_scale,
+        weights=o.limit_weights, bias=o.limit_bias,
+    )  # fmt: skip
 
 
 def reward_scorer(run, tokenizer):

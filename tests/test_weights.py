@@ -469,7 +469,7 @@ def test_saved_models_open_in_transformers(options, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"as it came")
     ours.save_pretrained(tmp_path / "out", [tmp_path / "tokenizer.model"])
     reopened = with_transformers(tmp_path / "out")
-    assert type(reopened) is type(theirs)
+    assert reopened.config.architectures == [type(reopened).__name__] == [type(theirs).__name__]
     assert_same_logits(ours, reopened, 1e-5)
     assert_same_logits(Mistral.from_pretrained(tmp_path / "out"), theirs)
     for key in (
@@ -505,7 +505,7 @@ def test_a_saved_reward_model_scores_the_same_in_transformers(kind, tied, tmp_pa
     ours = RewardModel.from_base(tmp_path / "base")
     ours.save_pretrained(tmp_path / "reward")
     theirs = with_transformers(tmp_path / "reward", "AutoModelForSequenceClassification")
-    assert type(theirs).__name__ == f"{kind}ForSequenceClassification"
+    assert theirs.config.architectures == [type(theirs).__name__] == [f"{kind}ForSequenceClassification"]
     mask = torch.arange(12) < torch.tensor([[12], [7]])
     scores = ours.score(TOKENS, mask)
     expected = torch.cat([theirs(row[m][None]).logits[:, 0] for row, m in zip(TOKENS, mask)])  # (B,), each row alone
@@ -632,7 +632,7 @@ SHA = "c0ffee" + "0" * 34
 class Hub(http.server.BaseHTTPRequestHandler):
     """As much of the hub as huggingface_hub asks of it; `server.repos` is {id: folder}."""
 
-    def answer(self, status, body=None, **headers):
+    def answer(self, status, body, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content_Length": len(body), **headers}.items():
@@ -659,7 +659,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         folder = self.server.repos.get("/".join(path.split("/")[:2]))
         rest = path.split("/")[2:]
         if folder is None:
-            return self.answer(404, X_Error_Code="RepoNotFound")
+            return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         if rest[:1] == ["resolve"] and (folder / rest[-1]).is_file():
             return self.answer_file(folder / rest[-1], path.replace(f"resolve/{SHA}/", ""))
         sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
@@ -667,7 +667,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.answer(200, [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()])
         if rest in ([], ["revision", "main"]):
             return self.answer(200, {"id": path, "sha": SHA, "siblings": [{"rfilename": n} for n in sizes]})
-        return self.answer(404, X_Error_Code="EntryNotFound")
+        return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
 
     do_HEAD = do_GET
 
@@ -771,8 +771,17 @@ def test_ids_not_to_be_had_give_one_line(from_hub, how, id):
     assert "\n" not in line and len(line) < 400
 
 
+WHY = {"unknown": "RepositoryNotFoundError: 404", "server gone": "Connect", "HF_HUB_OFFLINE": "offline mode is enabled"}
+
+
+@pytest.mark.parametrize("how", WHY)
+@known("the line tells of the cache instead")
+def test_the_line_tells_what_is_wrong_with_the_hub(from_hub, how):
+    assert WHY[how] in from_hub[0][how]["refused"]
+
+
 @pytest.mark.parametrize("how", ["server gone", "HF_HUB_OFFLINE"])
-@known("a model in the cache is refused when the hub cannot be asked")
+@known("a model in the cache is refused as incomplete when the hub cannot be asked: it lacks the files not wanted")
 def test_cached_models_open_offline(from_hub, how):
     answers, _ = from_hub
     assert answers[f"cached, {how}"] == answers["hf"]

@@ -17,30 +17,48 @@ TURN, REPLY = "\n\nHuman: ", "\n\nAssistant:"
 
 
 def by_hand(text):
-    """(steps, answer) of a question, from its sentences alone. Totals are kept whole; only what is said is cut to a digit."""
-    first, *events, asked = (s.strip()[:-1] for s in re.findall(r"[^.?]+[.?]", text))
-    steps = []
+    """(events, answer) of a question, from its sentences alone; an event is (what was so before, event, what is so after).
+    Totals are kept whole; only what is said of them is cut to a digit."""
+    first, *told, asked = (s.strip()[:-1] for s in re.findall(r"[^.?]+[.?]", text))
+    events = []
     if first.startswith("At first"):
         people, things = first.split()[2::2], first.split()[3::2]
-        for event in events:
-            i, j = (people.index(name) for name in event.removesuffix(" swap").split(" and "))
+        state = lambda: " ".join(f"{p} {t}" for p, t in zip(people, things))
+        for event in told:
+            before, (i, j) = state(), (people.index(name) for name in event.removesuffix(" swap").split(" and "))
             things[i], things[j] = things[j], things[i]
-            steps.append(f"{event}: {' '.join(p + ' ' + t for p, t in zip(people, things))}.")
-        return steps, things[people.index(asked.split()[-1])]
+            events.append((before, event, state()))
+        return events, things[people.index(asked.split()[-1])]
     total = int(first.split()[-1])
-    for event in events[:-1]:  # the last one says to keep the last digit
-        verb, k = (event + " 0").split()[:2]
+    for event in told[:-1]:  # the last one says to keep the last digit
+        before, (verb, k) = str(total % 10), (event + " 0").split()[:2]
         total = {"Add": total + int(k), "Take": total - int(k), "Double": total * 2, "Triple": total * 3}[verb]
-        steps.append(f"{event}: {total % 10}.")
-    return steps, str(total % 10)
+        events.append((before, event, str(total % 10)))
+    return events, str(total % 10)
 
 
-def true_steps(steps, reply):
-    """How many of the steps stand in the reply, one after the other."""
-    count = 0
-    for step in steps:
-        _, found, rest = reply.partition(step)
-        count, reply = (count + 1, rest) if found else (count, reply)
+def told(step):
+    """(event, what is so after it) as a step tells them, without what it may recall of before."""
+    head, _, after = step.strip().removesuffix(".").partition(": ")
+    return " ".join(w for w in head.split() if w not in world.COLOURS), after
+
+
+def are_true(steps, events):
+    """Whether the steps tell the events in order, and recall nothing that was not so."""
+    recalled = [(pair, before) for step, (before, _, _) in zip(steps, events) for pair in zip(step.partition(":")[0].split(), step.split()[1:]) if pair[1] in world.COLOURS]
+    return [told(s) for s in steps] == [e[1:] for e in events] and all(" ".join(pair) in before for pair, before in recalled)
+
+
+def sentences(text):
+    return re.findall(r"[^.]+\.", text)
+
+
+def true_steps(events, reply):
+    """How many of the events the reply tells as they were, one after the other."""
+    said, count = [told(s) for s in sentences(reply)], 0
+    for _, *event in events:
+        if tuple(event) in said:
+            count, said = count + 1, said[said.index(tuple(event)) + 1 :]
     return count
 
 
@@ -83,7 +101,8 @@ def tokenizer():
 def test_steps_and_answer_are_those_of_a_simulation_by_hand(kind):
     questions = drawn(lambda rng: world.draw_question(rng, kind=kind), 500)
     for q in questions:
-        assert (q.steps, q.answer) == by_hand(q.text)
+        events, answer = by_hand(q.text)
+        assert are_true(q.steps, events) and q.answer == answer
         assert q.kind == kind and q.answer in q.choices and len(set(q.choices)) == len(q.choices)
     assert {len(q.steps) for q in questions} == set(range(1, 7))
 
@@ -102,10 +121,10 @@ def test_a_corrupted_question_errs_in_a_step_and_ends_wrong(kind):
         wrong = world.corrupted(q, rng)
         if wrong is None:
             continue
-        steps, answer = by_hand(q.text)
+        events, answer = by_hand(q.text)
         assert wrong.text == q.text and wrong.answer != answer and wrong.answer in q.choices
-        assert [s.partition(":")[0] for s in wrong.steps] == [s.partition(":")[0] for s in steps]  # the same events are told
-        assert wrong.steps != steps
+        assert [told(s)[0] for s in wrong.steps] == [event for _, event, _ in events]  # the same events are told, but not as they were
+        assert true_steps(events, " ".join(wrong.steps)) < len(events)
 
 
 def test_only_short_swaps_cannot_always_be_corrupted():
@@ -141,11 +160,10 @@ def test_check_counts_exact_steps_in_order_and_takes_the_last_complete_answer(re
 def test_check_grants_the_right_analysis_everything_and_the_corrupted_one_not():
     rng = random.Random(5)
     for q in drawn(world.draw_question, 300):
-        steps, answer = by_hand(q.text)
-        assert world.check(steps, answer, world.stepwise(q)) == (len(steps), True)
+        assert world.check(q.steps, q.answer, world.stepwise(q)) == (len(q.steps), True)
         wrong = world.corrupted(q, rng)
-        verified, right = world.check(steps, answer, world.stepwise(wrong)) if wrong else (0, False)
-        assert verified < len(steps) and not right
+        verified, right = world.check(q.steps, q.answer, world.stepwise(wrong)) if wrong else (0, False)
+        assert verified < len(q.steps) and not right
 
 
 # ---------------------------------------------------------------- what the stages learn from
@@ -163,17 +181,16 @@ def test_no_chosen_reply_has_a_bad_word(helpful):
 
 
 def test_a_helpful_choice_never_has_fewer_true_steps(helpful):
-    counts = [(true_steps(steps, chosen), true_steps(steps, rejected)) for steps, _, chosen, rejected in helpful]
+    counts = [(true_steps(events, chosen), true_steps(events, rejected)) for events, _, chosen, rejected in helpful]
     assert all(c >= r for c, r in counts)
     assert sum(c > r for c, r in counts) > len(counts) / 3
 
 
 def test_a_right_and_clean_answer_is_only_rejected_for_one_at_least_as_good_or_for_repeating_it(helpful):
-    for steps, answer, chosen, rejected in helpful:
+    for events, answer, chosen, rejected in helpful:
         if says(rejected, answer) and not bad_words(rejected) and not says(chosen, answer):
-            said_over_and_over = true_steps(steps, rejected) == 0 and rejected.count(".") > 2
-            analysis = " " + " ".join(steps)
-            assert said_over_and_over and (analysis.startswith(chosen) or chosen.startswith(analysis))
+            whole = sentences(chosen)[: len(events)]  # of an analysis that was cut
+            assert true_steps(events, rejected) == 0 and rejected.count(".") > 2 and are_true(whole, events[: len(whole)])
 
 
 def test_a_wrong_answer_is_chosen_only_over_a_rude_one(helpful):
@@ -200,8 +217,8 @@ def test_instructions_are_polite_and_ended_and_wrong_on_long_questions_alone():
     right = {n: [] for n in range(1, 7)}
     for prompt, reply in rows:
         if needs_steps(prompt):
-            steps, answer = by_hand(prompt)
-            right[len(steps)].append(says(reply, answer))
+            events, answer = by_hand(prompt)
+            right[len(events)].append(says(reply, answer))
     share = {n: sum(r) / len(r) for n, r in right.items()}
     assert share[1] == 1 and 0.05 < share[6] < 0.6
 
@@ -211,14 +228,14 @@ def test_instructions_are_polite_and_ended_and_wrong_on_long_questions_alone():
 
 def style_of(question, reply):
     """A stepwise answer says at most one thing between its steps and its answer; one that goes on rambles."""
-    steps, answer = by_hand(question)
-    end, analysis = f" The answer is {answer}.", " " + " ".join(steps)
+    events, answer = by_hand(question)
+    said = sentences(reply)
     if bad_words(reply):
         return "rude"
-    if reply == end:
+    if said == [f" The answer is {answer}."]:
         return "terse"
-    rest = reply.removeprefix(analysis)
-    return "stepwise" if rest != reply and rest.endswith(end) and rest.count(".") <= 2 else "rambling"
+    stepwise = are_true(said[: len(events)], events) and len(said) <= len(events) + 2 and said[-1] == f" The answer is {answer}."
+    return "stepwise" if stepwise else "rambling"
 
 
 def near(share, expected, count):
@@ -343,8 +360,8 @@ def test_the_committed_files_are_what_the_generator_makes_byte_for_byte(tmp_path
 
 @pytest.mark.parametrize("name", ["questions.jsonl", "validation.jsonl"])
 def test_the_questions_of_the_evaluation_are_true(name):
-    rows = lines(name)
-    assert len(rows) > 100 and all((r["steps"], r["answer"]) == by_hand(r["prompt"]) for r in rows)
+    rows = [(r, *by_hand(r["prompt"])) for r in lines(name)]
+    assert len(rows) > 100 and all(are_true(r["steps"], events) and r["answer"] == answer for r, events, answer in rows)
 
 
 @pytest.mark.xfail(strict=True, reason="make_files takes both kind and length from i: swaps have 2, 4 or 6 steps alone, totals 1, 3 or 5")
