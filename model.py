@@ -477,7 +477,8 @@ def sample(logits, temperature, top_p, generator):
     probs = logits.softmax(-1)
     if top_p < 1:
         ordered, ids = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p  # the most likely id is always kept
+        outside = ordered.cumsum(-1) - ordered >= top_p
+        outside[..., 0] = False  # the likeliest id always stays
         probs = probs.scatter(-1, ids, ordered.masked_fill(outside, 0.0))
     return (probs / torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-20)).argmax(-1)
 

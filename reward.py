@@ -91,8 +91,12 @@ class Trainer:
 
     def step(self):
         """One optimizer step. Returns {"loss", "accuracy", "margin", "grad_norm"} of its batch."""
-        tokens, mask = pad_right(self.batch(), self.model.device)
-        chosen, rejected = self.model.score(tokens, mask).chunk(2)
+        rows = self.batch()
+        scores = torch.zeros(len(rows), device=self.model.device)
+        lengths = [len(r) for r in rows]
+        for part in by_length(lengths, sum(lengths) // 4 + 1, self.generator):  # similar lengths, little padding
+            scores[part] = self.model.score(*pad_right([rows[i] for i in part], self.model.device))
+        chosen, rejected = scores.chunk(2)
         loss = preference_loss(chosen, rejected)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -31,18 +31,22 @@ def locate(path_or_id):
         raise InputError(f"{folder}: no such model folder")
     from huggingface_hub import HfApi, snapshot_download
 
+    name, forms = str(path_or_id), ("model*.safetensors", "consolidated*.safetensors")
     wanted = ["*.json", "tokenizer.model*", "*.jinja"]
     try:
-        try:
-            names = [f.rfilename for f in HfApi().model_info(str(path_or_id)).siblings]
-        except Exception:  # no way to the hub: what is in its cache will do
-            return Path(snapshot_download(str(path_or_id), local_files_only=True))
-        hf = any(re.fullmatch(r"model.*\.safetensors", n) for n in names)
-        wanted.append("model*.safetensors" if hf else "consolidated*.safetensors")
-        return Path(snapshot_download(str(path_or_id), allow_patterns=wanted))
+        there = [f.rfilename for f in HfApi().model_info(name).siblings]
+        hf = any(re.fullmatch(r"model.*\.safetensors", file) for file in there)
+        return Path(snapshot_download(name, allow_patterns=[*wanted, forms[0 if hf else 1]]))
     except Exception as e:  # huggingface_hub raises a dozen kinds, each of them "it is not to be had"
-        why = f"{type(e).__name__}: {str(e).splitlines()[0]}"
-        raise InputError(f"{path_or_id}: no such folder here, and the hub does not give it ({why})") from e
+        for form in forms:  # unless it is in the cache
+            try:
+                folder = Path(snapshot_download(name, allow_patterns=[*wanted, form], local_files_only=True))
+            except Exception:
+                continue
+            if list(folder.glob(form)):
+                return folder
+        why = " ".join(f"{type(e).__name__}: {e}".split("\n")[0].split())
+        raise InputError(f"{name}: no such folder here, and the hub does not give it ({why})") from e
 
 
 # ---------------------------------------------------------------- config

@@ -403,7 +403,8 @@ def _cut(rng, text):
 
 def _skipped(rng, question):
     """An analysis that leaves a step out and guesses."""
-    kept = [s for i, s in enumerate(question.steps) if i != rng.randrange(len(question.steps))]
+    left_out = rng.randrange(len(question.steps))
+    kept = [s for i, s in enumerate(question.steps) if i != left_out]
     return "".join(" " + s for s in kept[: rng.randint(0, len(kept))]) + terse(rng.choice(question.choices))
 
 
@@ -482,7 +483,7 @@ def prompt(rng):
 
 
 def distinct(make, rng, count, seen=()):
-    """`count` draws whose first element (the prompt) stands neither in `seen` nor, for questions, twice."""
+    """`count` draws whose prompt, the first element of a tuple, does not stand in `seen`."""
     rows = []
     while len(rows) < count:
         row = make(rng)
@@ -535,17 +536,13 @@ def make_files(folder=TINY, seed=0):
     """Writes every file of the bundled world but the base weights; the same bytes for the same seed."""
     rng = random.Random(f"files {seed}")
     folder.mkdir(parents=True, exist_ok=True)
-    questions = [draw_question(rng, 1 + i % 6, "swaps" if i % 2 else "totals") for i in range(480)]
-    held_out = {q.text for q in questions}
-    write_lines(folder / "questions.jsonl", [q.record() for q in questions])
-    write_lines(
-        folder / "validation.jsonl",
-        [
-            q.record()
-            for q in (draw_question(rng, 1 + i % 6, "swaps" if i % 2 else "totals") for i in range(192))
-            if q.text not in held_out
-        ],
-    )
+    drawn = {}
+    while len(drawn) < 672:  # both kinds, one to six steps, in turn; none twice
+        question = draw_question(rng, 1 + len(drawn) // 2 % 6, "swaps" if len(drawn) % 2 else "totals")
+        drawn.setdefault(question.text, question.record())
+    records, held_out = list(drawn.values()), set(drawn)
+    write_lines(folder / "questions.jsonl", records[:480])
+    write_lines(folder / "validation.jsonl", records[480:])
     for name, make, count in (("helpful", helpful_pair, 4800), ("harmless", harmless_pair, 1600)):
         pairs = distinct(make, rng, count, held_out)
         write_lines(
