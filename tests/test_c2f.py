@@ -26,8 +26,27 @@ from reward import RewardModel
 from tokenizer import load_tokenizer
 
 EOS = 2
-DESIGN = {"reward", "second_score", "kl", "approx_kl", "clip_fraction", "ratio_first", "explained_variance", "policy_loss", "value_loss", "entropy", "response_length", "truncation_rate",
-          "eos_rate", "redundancy", "length_limit", "p_extend", "samples_per_second", "tokens_per_second", "peak_memory_gib"}
+DESIGN = {
+    "reward",
+    "second_score",
+    "kl",
+    "approx_kl",
+    "clip_fraction",
+    "ratio_first",
+    "explained_variance",
+    "policy_loss",
+    "value_loss",
+    "entropy",
+    "response_length",
+    "truncation_rate",
+    "eos_rate",
+    "redundancy",
+    "length_limit",
+    "p_extend",
+    "samples_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
 CLOCKS = {"samples_per_second", "tokens_per_second", "generation_share", "peak_memory_gib"}
 SIZES = "--steps 3 --batch 4 --limit 8 --limit-maximum 12 --limit-window 2 --limit-bias 1000 --max-new-tokens 8 --batch-pairs 4 --batch-tokens 256 --gammas 0,0.7,1 --threads 1".split()
 JUDGE = """
@@ -64,8 +83,18 @@ def rows(folder, name="metrics.jsonl", **where):
 
 def make_base(folder, tokenizer):
     """A random model to which EOS is likely: all hidden states share a direction, and EOS is read along it."""
-    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=64,
-                    bos_token_id=1, eos_token_id=EOS, pad_token_id=3)
+    config = Config(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=64,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=3,
+    )
     model = initialize(Mistral(config), torch.Generator().manual_seed(0))
     with torch.no_grad():
         model.model.embed_tokens.weight += 1.0
@@ -81,7 +110,11 @@ def tiny(tmp_path_factory):
         kept = {"preferences": 60, "tasks": 3}.get(file.parent.name, 12)
         target = folder / file.relative_to(world.TINY)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.read_bytes() if file.name.startswith("tokenizer") else b"".join(file.read_bytes().splitlines(keepends=True)[:kept]))
+        target.write_bytes(
+            file.read_bytes()
+            if file.name.startswith("tokenizer")
+            else b"".join(file.read_bytes().splitlines(keepends=True)[:kept])
+        )
     make_base(folder / "base", load_tokenizer(folder))
     (folder.parent / "judge.py").write_text(JUDGE)
     threads = torch.get_num_threads()
@@ -95,7 +128,9 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def given(tiny):
-    return ["--model", tiny / "base", "--preferences", tiny / "preferences", "--prompts", tiny / "prompts.txt", "--instructions", tiny / "instructions.jsonl", *SIZES]
+    """The options of every run here: small files, small sizes."""
+    files = f"--preferences {tiny}/preferences --prompts {tiny}/prompts.txt --instructions {tiny}/instructions.jsonl"
+    return [*f"--model {tiny}/base".split(), *files.split(), *SIZES]
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +154,49 @@ def run(given, tmp_path_factory):
 
 
 REFUSED = [  # arguments, what the line on stderr must name
-    ("--step 3", "--step"), ("extra", "extra"), ("--stage dream", "--stage"), ("--preset huge", "--preset"), ("--steps many", "--steps"), ("--lr fast", "--lr"), ("--gammas 0,a", "--gammas"),
-    ("--dtype int8", "--dtype"), ("--template jinja", "--template"), ("--limit-growth wild", "--limit-growth"), ("--eos maybe", "maybe"), ("--seed 0.5", "--seed"),
-    ("--gamma 2", "gamma"), ("--gamma nan", "gamma"), ("--gamma -0.1", "gamma"), ("--steps -1", "--steps"), ("--batch 0", "--batch"), ("--lr -1", "--lr"), ("--epochs 0", "--epochs"),
-    ("--minibatches 99 --batch 4", "--minibatches"), ("--limit 0", "--limit"), ("--limit-window 0", "--limit-window"), ("--limit-weights 1,2", "--limit-weights"), ("--temperature -1", "--temperature"),
-    ("--max-new-tokens 0", "--max-new-tokens"), ("--max-length 0", "--max-length"), ("--kl-coefficient -1", "--kl-coefficient"), ("--device abacus", "--device"),
-    ("--lr nan", "--lr"), ("--temperature nan", "--temperature"), ("--concise nan", "--concise"), ("--clip nan", "--clip"), ("--gammas 0,2", "gamma"), ("--held-out 2", "--held-out"),
-    ("--limit-every 0", "--limit-every"), ("--limit-maximum 0", "--limit-maximum"), ("--gae-lambda -3", "--gae-lambda"), ("--discount 5", "--discount"), ("--max-grad-norm -1", "--max-grad-norm"),
-    ("--threads -1", "--threads"), (f"--seed {2**70}", "--seed"), ("--seed -1", "--seed"), ("--device meta", "--device"),
+    ("--step 3", "--step"),
+    ("extra", "extra"),
+    ("--stage dream", "--stage"),
+    ("--preset huge", "--preset"),
+    ("--steps many", "--steps"),
+    ("--lr fast", "--lr"),
+    ("--gammas 0,a", "--gammas"),
+    ("--dtype int8", "--dtype"),
+    ("--template jinja", "--template"),
+    ("--limit-growth wild", "--limit-growth"),
+    ("--eos maybe", "maybe"),
+    ("--seed 0.5", "--seed"),
+    ("--gamma 2", "gamma"),
+    ("--gamma nan", "gamma"),
+    ("--gamma -0.1", "gamma"),
+    ("--steps -1", "--steps"),
+    ("--batch 0", "--batch"),
+    ("--lr -1", "--lr"),
+    ("--epochs 0", "--epochs"),
+    ("--minibatches 99 --batch 4", "--minibatches"),
+    ("--limit 0", "--limit"),
+    ("--limit-window 0", "--limit-window"),
+    ("--limit-weights 1,2", "--limit-weights"),
+    ("--temperature -1", "--temperature"),
+    ("--max-new-tokens 0", "--max-new-tokens"),
+    ("--max-length 0", "--max-length"),
+    ("--kl-coefficient -1", "--kl-coefficient"),
+    ("--device abacus", "--device"),
+    ("--lr nan", "--lr"),
+    ("--temperature nan", "--temperature"),
+    ("--concise nan", "--concise"),
+    ("--clip nan", "--clip"),
+    ("--gammas 0,2", "gamma"),
+    ("--held-out 2", "--held-out"),
+    ("--limit-every 0", "--limit-every"),
+    ("--limit-maximum 0", "--limit-maximum"),
+    ("--gae-lambda -3", "--gae-lambda"),
+    ("--discount 5", "--discount"),
+    ("--max-grad-norm -1", "--max-grad-norm"),
+    ("--threads -1", "--threads"),
+    (f"--seed {2**70}", "--seed"),
+    ("--seed -1", "--seed"),
+    ("--device meta", "--device"),
 ]
 
 
@@ -144,10 +214,21 @@ def test_a_wrong_option_is_refused_in_one_line_and_nothing_is_written(args, name
 
 
 MISSING = [
-    ("--stage reward --model {no}", "none"), ("--stage sft --model {file}", "a_file"), ("--stage reward --preferences {no}", "none"), ("--stage sft --instructions {no}", "none"),
-    ("--stage plus --prompts {no} --score judge:length", "none"), ("--stage coarse --reward-model {no}", "none"), ("--stage plus --score nowhere:f", "--score"), ("--stage plus --score judge:nothing", "--score"),
-    ("--stage plus --score judge", "--score"), ("--stage plus --score judge:length --second-score nowhere:f", "--second-score"), ("--stage eval --models it={no}", "none"),
-    ("--stage eval --models it={base} --tasks mine={file}", "a_file:1"), ("--stage chat --model {no}", "none"), ("--stage reward --held-out 0", "--preferences"), ("--stage plus --score judge:length --max-prompt 1", "--prompts"),
+    ("--stage reward --model {no}", "none"),
+    ("--stage sft --model {file}", "a_file"),
+    ("--stage reward --preferences {no}", "none"),
+    ("--stage sft --instructions {no}", "none"),
+    ("--stage plus --prompts {no} --score judge:length", "none"),
+    ("--stage coarse --reward-model {no}", "none"),
+    ("--stage plus --score nowhere:f", "--score"),
+    ("--stage plus --score judge:nothing", "--score"),
+    ("--stage plus --score judge", "--score"),
+    ("--stage plus --score judge:length --second-score nowhere:f", "--second-score"),
+    ("--stage eval --models it={no}", "none"),
+    ("--stage eval --models it={base} --tasks mine={file}", "a_file:1"),
+    ("--stage chat --model {no}", "none"),
+    ("--stage reward --held-out 0", "--preferences"),
+    ("--stage plus --score judge:length --max-prompt 1", "--prompts"),
 ]
 
 
@@ -159,7 +240,9 @@ def test_missing_and_broken_input_is_named_in_one_line(args, name, given, tiny, 
     assert not {"model.safetensors", "results.json"} & {Path(f).name for f in content(tmp_path)}
 
 
-@pytest.mark.parametrize("args", ["--stage reward --model {no}", "--stage sft --instructions {no}", "--stage plus --score nowhere:f"])
+@pytest.mark.parametrize(
+    "args", ["--stage reward --model {no}", "--stage sft --instructions {no}", "--stage plus --score nowhere:f"]
+)
 def test_missing_input_leaves_nothing_behind(args, given, tmp_path):
     main(*given, "--out", tmp_path / "run", *args.format(no=tmp_path / "none").split())
     assert content(tmp_path) == {}
@@ -172,7 +255,9 @@ def test_out_that_is_a_file_is_refused_and_left_alone(given, tmp_path):
     assert content(tmp_path) == {"file": b"mine"}
 
 
-@pytest.mark.parametrize("stage, needed", [("plus", "reward"), ("coarse", "reward"), ("fine", "coarse"), ("eval", "sft")])
+@pytest.mark.parametrize(
+    "stage, needed", [("plus", "reward"), ("coarse", "reward"), ("fine", "coarse"), ("eval", "sft")]
+)
 def test_other_presets_name_the_command_that_makes_what_is_missing(stage, needed, given, tmp_path):
     done = main(*given, "--preset", "smollm2-135m", "--stage", stage, "--out", tmp_path / "run")
     assert refused(done, f"python c2f.py --stage {needed} --preset smollm2-135m --out {tmp_path / 'run'}")
@@ -193,7 +278,9 @@ def test_the_program_itself_exits_with_2_and_one_line(args, name, tmp_path):
 
 def test_help_lists_every_option():
     done = main("--help")
-    assert done.code == 0 and all("--" + name.replace("_", "-") in done.out for name in c2f.Options.__dataclass_fields__)
+    assert done.code == 0 and all(
+        "--" + name.replace("_", "-") in done.out for name in c2f.Options.__dataclass_fields__
+    )
 
 
 # ---------------------------------------------------------------- a whole run
@@ -204,7 +291,11 @@ def test_every_folder_opens_in_transformers_with_the_same_output(run):
     tokens = torch.randint(4, 768, (2, 90), generator=torch.Generator().manual_seed(0))  # longer than the window
     for name in ("reward", "sft", "plus", "coarse", "fine"):
         folder, scalar = run.folder / name, name == "reward"
-        peer = (hf.AutoModelForSequenceClassification if scalar else hf.AutoModelForCausalLM).from_pretrained(folder, dtype=torch.float32).eval()
+        peer = (
+            (hf.AutoModelForSequenceClassification if scalar else hf.AutoModelForCausalLM)
+            .from_pretrained(folder, dtype=torch.float32)
+            .eval()
+        )
         ours = (RewardModel if scalar else Mistral).from_pretrained(folder)
         with torch.no_grad():
             theirs = peer(tokens).logits
@@ -214,11 +305,20 @@ def test_every_folder_opens_in_transformers_with_the_same_output(run):
 
 
 def test_every_stage_moved_its_weights_and_fine_is_the_merge(run, tiny):
-    weights = {name: load_file(run.folder / name / "model.safetensors") for name in ("reward", "sft", "plus", "coarse", "fine")} | {"base": load_file(tiny / "base/model.safetensors")}
+    weights = {
+        name: load_file(run.folder / name / "model.safetensors") for name in ("reward", "sft", "plus", "coarse", "fine")
+    } | {"base": load_file(tiny / "base/model.safetensors")}
     for name in ("reward", "sft", "plus", "coarse"):
-        assert not torch.equal(weights[name]["model.layers.0.mlp.up_proj.weight"], weights["base"]["model.layers.0.mlp.up_proj.weight"])
+        assert not torch.equal(
+            weights[name]["model.layers.0.mlp.up_proj.weight"], weights["base"]["model.layers.0.mlp.up_proj.weight"]
+        )
     for name, tensor in weights["fine"].items():
-        torch.testing.assert_close(tensor, (0.7 * weights["coarse"][name].double() + 0.3 * weights["sft"][name].double()).float(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            tensor,
+            (0.7 * weights["coarse"][name].double() + 0.3 * weights["sft"][name].double()).float(),
+            rtol=1e-6,
+            atol=1e-7,
+        )
 
 
 @pytest.mark.parametrize("stage", ["plus", "coarse"])
@@ -226,24 +326,38 @@ def test_the_metrics_of_ppo_have_the_names_of_the_design_and_are_finite(run, sta
     logged = rows(run.folder, stage=stage)
     assert [r["step"] for r in logged] == [1, 2, 3] and set(logged[0]) >= DESIGN
     assert all(math.isfinite(v) for r in logged for k, v in r.items() if k != "stage")
-    assert logged[0]["ratio_first"] == pytest.approx(1, abs=1e-4) and logged[0]["kl"] == pytest.approx(0, abs=1e-4)  # nothing has been learnt yet
+    assert logged[0]["ratio_first"] == pytest.approx(1, abs=1e-4) and logged[0]["kl"] == pytest.approx(
+        0, abs=1e-4
+    )  # nothing has been learnt yet
 
 
 def test_the_other_stages_log_their_loss_and_the_held_out_pairs(run):
     for stage in ("reward", "sft"):
         logged = [r for r in rows(run.folder, stage=stage) if "loss" in r]
         assert [r["step"] for r in logged] == [1, 2, 3] and all(math.isfinite(r["loss"]) for r in logged)
-    held_out, = (r["held_out"] for r in rows(run.folder, stage="reward") if "held_out" in r)
+    (held_out,) = (r["held_out"] for r in rows(run.folder, stage="reward") if "held_out" in r)
     assert held_out["pairs"] > 0 and 0 <= held_out["accuracy"] <= 1
 
 
 def test_config_has_every_option_as_resolved(run, tiny):
     config = json.loads((run.folder / "config.json").read_text())
     for stage in ("reward", "sft", "plus", "coarse", "fine"):
-        assert set(config[stage]) == {*c2f.Options.__dataclass_fields__, "versions"} and config[stage]["versions"]["torch"] == torch.__version__
-        assert (config[stage]["steps"], config[stage]["seed"], config[stage]["model"], config[stage]["out"]) == (3, 0, str(tiny / "base"), str(run.folder))
+        assert (
+            set(config[stage]) == {*c2f.Options.__dataclass_fields__, "versions"}
+            and config[stage]["versions"]["torch"] == torch.__version__
+        )
+        assert (config[stage]["steps"], config[stage]["seed"], config[stage]["model"], config[stage]["out"]) == (
+            3,
+            0,
+            str(tiny / "base"),
+            str(run.folder),
+        )
     assert config["plus"]["eos"] is True and config["plus"]["concise"] > 0 and config["plus"]["system_prompt"] == ""
-    assert config["coarse"]["eos"] is False and config["coarse"]["limit_growth"] == "cm" and config["coarse"]["system_prompt"] == world.ANALYTICAL
+    assert (
+        config["coarse"]["eos"] is False
+        and config["coarse"]["limit_growth"] == "cm"
+        and config["coarse"]["system_prompt"] == world.ANALYTICAL
+    )
 
 
 def test_plus_may_end_and_coarse_never_writes_eos_and_runs_to_its_limit(run):
@@ -259,7 +373,9 @@ def test_plus_may_end_and_coarse_never_writes_eos_and_runs_to_its_limit(run):
     assert not any(world.ANALYTICAL in tokenizer.decode(p) for c in plus for p in c.prompts)
     for row in rows(run.folder, stage="coarse"):
         assert (row["eos_rate"], row["truncation_rate"], row["response_length"]) == (0, 1, row["length_limit"])
-    assert any(row["eos_rate"] > 0 and row["response_length"] < row["length_limit"] for row in rows(run.folder, stage="plus"))
+    assert any(
+        row["eos_rate"] > 0 and row["response_length"] < row["length_limit"] for row in rows(run.folder, stage="plus")
+    )
 
 
 def test_the_limit_grows_by_continuous_maximization_and_plus_keeps_its_own(run):
@@ -273,7 +389,9 @@ def test_samples_are_kept_of_every_step(run):
     prompts = set((world.TINY / "prompts.txt").read_text().splitlines())
     for stage in ("plus", "coarse"):
         samples = rows(run.folder, "samples.jsonl", stage=stage)
-        assert {s["step"] for s in samples} == {1, 2, 3} and all(s["prompt"] in prompts and math.isfinite(s["score"]) and math.isfinite(s["kl"]) for s in samples)
+        assert {s["step"] for s in samples} == {1, 2, 3} and all(
+            s["prompt"] in prompts and math.isfinite(s["score"]) and math.isfinite(s["kl"]) for s in samples
+        )
         assert any(s["response"] for s in samples)
 
 
@@ -281,7 +399,16 @@ def test_results_report_and_sweep_are_written(run):
     results = json.loads((run.folder / "results.json").read_text())
     assert list(results) == ["base", "sft", "plus", "coarse", "fine"]
     for values in results.values():
-        for metric in ("accuracy", "verified_steps", "redundancy", "ended_rate", "length", "toxicity", "general", "reward"):
+        for metric in (
+            "accuracy",
+            "verified_steps",
+            "redundancy",
+            "ended_rate",
+            "length",
+            "toxicity",
+            "general",
+            "reward",
+        ):
             low, high = values[metric + "_ci"]
             assert math.isfinite(values[metric]) and low <= values[metric] + 1e-6 and values[metric] <= high + 1e-6
         assert {f"general_{task}" for task in world.TASKS} <= set(values)
@@ -289,7 +416,9 @@ def test_results_report_and_sweep_are_written(run):
     assert (run.folder / "results.md").read_text() in run.out
     assert (run.folder / "report.png").read_bytes().startswith(b"\x89PNG")
     sweep = json.loads((run.folder / "sweep.json").read_text())
-    assert list(sweep) == ["0.0", "0.7", "1.0"] and all({"accuracy", "reward", "ended_rate", "redundancy", "length"} == set(v) for v in sweep.values())
+    assert list(sweep) == ["0.0", "0.7", "1.0"] and all(
+        {"accuracy", "reward", "ended_rate", "redundancy", "length"} == set(v) for v in sweep.values()
+    )
 
 
 def test_both_scores_are_logged(run, given, tmp_path):
@@ -297,17 +426,25 @@ def test_both_scores_are_logged(run, given, tmp_path):
     import judge
 
     judge.calls.clear()
-    done = main("--stage", "plus", "--out", tmp_path, *given, "--score", "judge:length", "--second-score", "judge:length")
+    done = main(
+        "--stage", "plus", "--out", tmp_path, *given, "--score", "judge:length", "--second-score", "judge:length"
+    )
     assert (done.code, done.err) == (0, "") and not (tmp_path / "reward").exists()  # no reward model is needed
     texts = [t for call in judge.calls for t in call]
-    assert all(isinstance(t, str) and t.startswith(t.prompt) and t.endswith(t.response) and "</s>" not in t for t in texts)
+    assert all(
+        isinstance(t, str) and t.startswith(t.prompt) and t.endswith(t.response) and "</s>" not in t for t in texts
+    )
     logged = rows(tmp_path, stage="plus")
-    steps = [judge.calls[i : i + 2] for i in range(len(judge.calls) - 6, len(judge.calls), 2)]  # a step calls the one, then the other, on the same texts
+    steps = [
+        judge.calls[i : i + 2] for i in range(len(judge.calls) - 6, len(judge.calls), 2)
+    ]  # a step calls the one, then the other, on the same texts
     for row, (scored, logged_only) in zip(logged, steps, strict=True):
         assert scored == logged_only and row["second_score"] == pytest.approx(sum(map(len, scored)) / 4)
     raw = torch.tensor([float(len(t)) for call in judge.calls[:-6] for t in call])  # the reference's, before any update
     for row, (scored, _) in zip(logged, steps):
-        assert row["reward"] == pytest.approx((sum(map(len, scored)) / 4 - raw.mean().item()) / raw.std().item(), rel=1e-4)
+        assert row["reward"] == pytest.approx(
+            (sum(map(len, scored)) / 4 - raw.mean().item()) / raw.std().item(), rel=1e-4
+        )
 
 
 def test_the_second_score_is_never_trained_on(given, tmp_path):
@@ -328,7 +465,10 @@ def test_the_same_seed_gives_the_same_run_and_another_another(run, given, tmp_pa
     assert again.code == 0 and clockless(tmp_path / "again") == clockless(run.folder)
     before, after = content(run.folder), content(tmp_path / "again")
     assert before.keys() == after.keys()
-    assert [f for f in before if before[f] != after[f]] == ["config.json", "metrics.jsonl"]  # the folder's name, the clocks
+    assert [f for f in before if before[f] != after[f]] == [
+        "config.json",
+        "metrics.jsonl",
+    ]  # the folder's name, the clocks
     assert main("--stage", "sft", "--out", tmp_path / "other", "--seed", "1", *given).code == 0
     assert content(tmp_path / "other")["sft/model.safetensors"] != before["sft/model.safetensors"]
 
@@ -341,8 +481,16 @@ def test_a_stage_with_work_is_refused_and_left_untouched_unless_overwritten(run,
     assert content(folder) == before
     assert main("--stage", "sft", "--out", folder, "--overwrite", "--seed", "3", *given).code == 0
     after = content(folder)
-    assert {f for f in before if after[f] != before[f]} == {"sft/model.safetensors", "metrics.jsonl", "config.json"} and after.keys() == before.keys()
-    assert [(r["stage"], r["step"]) for r in rows(folder) if r["stage"] == "sft"] == [("sft", 1), ("sft", 2), ("sft", 3)]
+    assert {f for f in before if after[f] != before[f]} == {
+        "sft/model.safetensors",
+        "metrics.jsonl",
+        "config.json",
+    } and after.keys() == before.keys()
+    assert [(r["stage"], r["step"]) for r in rows(folder) if r["stage"] == "sft"] == [
+        ("sft", 1),
+        ("sft", 2),
+        ("sft", 3),
+    ]
     assert [r for r in rows(folder) if r["stage"] != "sft"] == [r for r in rows(run.folder) if r["stage"] != "sft"]
 
 
@@ -356,7 +504,9 @@ def test_resume_keeps_what_is_finished_and_makes_the_rest_as_it_was(run, given, 
     assert done.code == 0 and all(f"{stage}: kept" in done.out for stage in kept)
     assert {stage: (folder / stage / "model.safetensors").stat().st_mtime_ns for stage in kept} == kept
     before, after = content(run.folder), content(folder)
-    assert all(after[f"{stage}/model.safetensors"] == before[f"{stage}/model.safetensors"] for stage in ("coarse", "fine"))
+    assert all(
+        after[f"{stage}/model.safetensors"] == before[f"{stage}/model.safetensors"] for stage in ("coarse", "fine")
+    )
     assert after["results.json"] == before["results.json"]
     assert sorted(map(str, clockless(folder))) == sorted(map(str, clockless(run.folder)))  # no line twice
 
@@ -369,11 +519,14 @@ def test_resume_keeps_a_pretrained_base(run, tiny, tmp_path):
 def test_a_stage_of_the_tiny_preset_runs_what_it_needs_first_and_says_so(given, tmp_path, monkeypatch):
     for stage in ("reward", "coarse"):
         monkeypatch.setitem(c2f.PRESETS["tiny"], stage, c2f.PRESETS["tiny"][stage] | {"steps": 1})
-    sizes = given[: given.index("--steps")] + given[given.index("--steps") + 2:]  # --steps is the asked stage's alone
+    sizes = given[: given.index("--steps")] + given[given.index("--steps") + 2 :]  # --steps is the asked stage's alone
     done = main("--stage", "coarse", "--steps", "2", "--out", tmp_path / "run", *sizes)
     assert done.code == 0 and "coarse needs" in done.out and "running --stage reward first" in done.out
     assert {p.name for p in (tmp_path / "run").iterdir() if p.is_dir()} == {"reward", "coarse"}
-    assert len([r for r in rows(tmp_path / "run", stage="reward") if "loss" in r]) == 1 and len(rows(tmp_path / "run", stage="coarse")) == 2
+    assert (
+        len([r for r in rows(tmp_path / "run", stage="reward") if "loss" in r]) == 1
+        and len(rows(tmp_path / "run", stage="coarse")) == 2
+    )
 
 
 # ---------------------------------------------------------------- eval of any models, chat, pretrain
@@ -381,17 +534,33 @@ def test_a_stage_of_the_tiny_preset_runs_what_it_needs_first_and_says_so(given, 
 
 def test_eval_takes_models_and_tasks_of_ones_own(run, given, tiny, tmp_path):
     (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "Is it?", "choices": [" yes", " no"], "gold": 0}))
-    done = main("--stage", "eval", "--out", tmp_path / "run", *given, "--models", f"one={tiny / 'base'}", f"two={run.folder / 'sft'}", "--tasks", f"mine={tmp_path / 'mine.jsonl'}")
+    done = main(
+        "--stage",
+        "eval",
+        "--out",
+        tmp_path / "run",
+        *given,
+        "--models",
+        f"one={tiny / 'base'}",
+        f"two={run.folder / 'sft'}",
+        "--tasks",
+        f"mine={tmp_path / 'mine.jsonl'}",
+    )
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert done.code == 0 and list(results) == ["one", "two"]
-    assert {m for m in results["one"] if m.startswith("general") and not m.endswith("_ci")} == {"general", "general_mine"} and "reward" not in results["one"]
+    assert {m for m in results["one"] if m.startswith("general") and not m.endswith("_ci")} == {
+        "general",
+        "general_mine",
+    } and "reward" not in results["one"]
 
 
 def test_chat_answers_each_line_with_the_fine_actor_or_the_model_given(run, given, tiny):
-    sizes = given[given.index("--steps"):]
+    sizes = given[given.index("--steps") :]
     done = main("--stage", "chat", "--out", run.folder, *sizes, stdin="Hello!\nWhere is Lum?\n\nnever read\n")
     assert done.code == 0 and str(run.folder / "fine") in done.out and done.out.count("model:") == 2
-    done = main("--stage", "chat", "--out", run.folder, *sizes, "--model", run.folder / "sft", stdin="Hello!")  # the input just ends
+    done = main(
+        "--stage", "chat", "--out", run.folder, *sizes, "--model", run.folder / "sft", stdin="Hello!"
+    )  # the input just ends
     assert done.code == 0 and str(run.folder / "sft") in done.out and done.out.count("model:") == 1
 
 

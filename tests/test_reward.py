@@ -19,7 +19,16 @@ EOS, PAD = 2, 3
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A folder with a random two-layer language model; its window is shorter than the rows below."""
-    config = Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=6, eos_token_id=EOS)
+    config = Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        eos_token_id=EOS,
+    )
     folder = tmp_path_factory.mktemp("models") / "base"
     initialize(Mistral(config), torch.Generator().manual_seed(0)).save_pretrained(folder)
     return folder
@@ -50,7 +59,9 @@ def test_loss_of_equal_scores_is_log_2_and_pushes_each_by_a_half():
     loss = reward.preference_loss(chosen, rejected)
     loss.backward()
     assert loss.item() == pytest.approx(np.log(2))
-    assert torch.allclose(chosen.grad, torch.full((4,), -0.5 / 4)) and torch.allclose(rejected.grad, torch.full((4,), 0.5 / 4))
+    assert torch.allclose(chosen.grad, torch.full((4,), -0.5 / 4)) and torch.allclose(
+        rejected.grad, torch.full((4,), 0.5 / 4)
+    )
 
 
 def test_loss_and_gradients_are_the_closed_form():
@@ -84,8 +95,19 @@ def folder(request, base, tmp_path_factory):
     else:
         hf = pytest.importorskip("transformers", reason="the peer that makes the folder")
         torch.manual_seed(2)
-        config = hf.MistralConfig(vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=16,
-                                  sliding_window=5, rope_theta=1234.0, num_labels=1, pad_token_id=PAD)
+        config = hf.MistralConfig(
+            vocab_size=64,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=16,
+            sliding_window=5,
+            rope_theta=1234.0,
+            num_labels=1,
+            pad_token_id=PAD,
+        )
         hf.MistralForSequenceClassification(config).save_pretrained(folder)
     return folder
 
@@ -110,7 +132,9 @@ def test_score_is_the_heads_word_on_the_last_real_token_wherever_the_padding_is(
     for side in ("right", "left"):
         tokens, mask = padded(rows, side)
         assert torch.allclose(model.score(tokens, mask), alone, atol=1e-5)
-        assert torch.equal(model.score(tokens.masked_fill(~mask, 9), mask), model.score(tokens, mask))  # padding is no word
+        assert torch.equal(
+            model.score(tokens.masked_fill(~mask, 9), mask), model.score(tokens, mask)
+        )  # padding is no word
     assert torch.allclose(model.score_rows(rows, batch_tokens=20), alone, atol=1e-5)
     assert model.score_rows(rows).dtype == torch.float32
 
@@ -125,8 +149,12 @@ def test_a_new_head_scores_with_unit_variance_and_its_seed_decides(base):
 def test_saved_and_loaded_scores_are_the_same(base, tmp_path):
     model = reward.RewardModel.from_base(base, seed=3)
     model.save_pretrained(tmp_path / "reward")
-    assert torch.equal(reward.RewardModel.from_pretrained(tmp_path / "reward").score_rows(rows_of(5)), model.score_rows(rows_of(5)))
-    assert json.loads((tmp_path / "reward/config.json").read_text())["architectures"] == ["MistralForSequenceClassification"]
+    assert torch.equal(
+        reward.RewardModel.from_pretrained(tmp_path / "reward").score_rows(rows_of(5)), model.score_rows(rows_of(5))
+    )
+    assert json.loads((tmp_path / "reward/config.json").read_text())["architectures"] == [
+        "MistralForSequenceClassification"
+    ]
 
 
 # ---------------------------------------------------------------- training
@@ -155,13 +183,19 @@ def test_training_tells_separable_pairs_apart_that_it_has_not_seen(base):
 
 
 def test_a_step_reports_the_loss_and_accuracy_of_its_batch(base):
-    pairs, build = separable(20, seed=3), lambda: reward.Trainer(reward.RewardModel.from_base(base), pairs, 10, 1e-3, 8, EOS, seed=4)
+    pairs, build = (
+        separable(20, seed=3),
+        lambda: reward.Trainer(reward.RewardModel.from_base(base), pairs, 10, 1e-3, 8, EOS, seed=4),
+    )
     rows = build().batch()
     scores = reward.RewardModel.from_base(base).score_rows(rows).double().numpy()
     margin = scores[:8] - scores[8:]
     figures = build().step()
     assert figures["loss"] == pytest.approx(np.log1p(np.exp(-margin)).mean(), rel=1e-4)
-    assert (figures["margin"], figures["accuracy"]) == (pytest.approx(margin.mean(), rel=1e-3, abs=1e-6), pytest.approx((margin > 0).mean()))
+    assert (figures["margin"], figures["accuracy"]) == (
+        pytest.approx(margin.mean(), rel=1e-3, abs=1e-6),
+        pytest.approx((margin > 0).mean()),
+    )
 
 
 def test_eos_stands_after_both_answers_of_a_pair_or_after_neither(base):
@@ -193,7 +227,9 @@ def first_turn(prompt):
 
 def test_the_split_leaves_no_first_turn_on_both_sides():
     rows = list(read_preferences(world.TINY / "preferences"))
-    longer = [(p + " Yes.\n\nHuman: Go on.\n\nAssistant:", c, r) for p, c, r in rows[::7]]  # the same opening, another prompt
+    longer = [
+        (p + " Yes.\n\nHuman: Go on.\n\nAssistant:", c, r) for p, c, r in rows[::7]
+    ]  # the same opening, another prompt
     train, test = split_by_first_turn(rows + longer, 0.2, seed=0)
     sides = [{first_turn(p) for p, _, _ in side} for side in (train, test)]
     assert not sides[0] & sides[1] and len(train) + len(test) == len(rows) + len(longer)
@@ -208,7 +244,11 @@ def test_a_pair_is_the_prompt_and_each_answer_without_an_ending(tokenizer):
     messages = dialogue("Be brief.\n\nHuman: How are you?\n\nAssistant:")
     pair = reward.encode_pair(tokenizer, messages, " I am well.", " You are a dolt.", 99)
     for ids, text in zip(pair, ("I am well.", "You are a dolt.")):
-        assert tokenizer.decode(ids) == f"Be brief.\n\nHuman: How are you?\n\nAssistant: {text}" and EOS not in ids and ids[0] == tokenizer.bos_id
+        assert (
+            tokenizer.decode(ids) == f"Be brief.\n\nHuman: How are you?\n\nAssistant: {text}"
+            and EOS not in ids
+            and ids[0] == tokenizer.bos_id
+        )
 
 
 @pytest.mark.parametrize("template", ["hh", "mistral", "llama2", "plain", "chatml", "zephyr"])
@@ -219,7 +259,10 @@ def test_no_template_leaves_its_ending_on_a_pair(template, tmp_path):
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 768, "<|im_end|>": 769}))
     tokenizer = load_tokenizer(tmp_path, template)
     start = len(tokenizer.encode_chat(dialogue("Hello!")))  # a user's turn may well end with it
-    for ids, answer in zip(reward.encode_pair(tokenizer, dialogue("Hello!"), "You are welcome.", "Hello.", 99), ("You are welcome.", "Hello.")):
+    for ids, answer in zip(
+        reward.encode_pair(tokenizer, dialogue("Hello!"), "You are welcome.", "Hello.", 99),
+        ("You are welcome.", "Hello."),
+    ):
         assert tokenizer.eos_id not in ids[start:] and tokenizer.decode(ids).rstrip().endswith(answer)
 
 
@@ -232,7 +275,10 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_its_start(tokenizer):
         start = next(n for n in range(1, kept + 9) if ids[:n] == prompt[-n:])  # what is left of the prompt is its end
         assert 0 < start < len(prompt) and whole.startswith(tokenizer.decode(ids[start:]))
     short = reward.encode_pair(tokenizer, dialogue("Hello!"), answer, " No.", 60)
-    assert short[0][: len(tokenizer.encode_chat(dialogue("Hello!")))] == tokenizer.encode_chat(dialogue("Hello!")) and len(short[0]) == 60
+    assert (
+        short[0][: len(tokenizer.encode_chat(dialogue("Hello!")))] == tokenizer.encode_chat(dialogue("Hello!"))
+        and len(short[0]) == 60
+    )
 
 
 def test_a_prompt_that_fits_with_its_answers_is_not_cut(tokenizer):
@@ -253,11 +299,17 @@ def judged(margins):
 def test_accuracy_and_calibration_equal_numpy():
     margins = np.random.default_rng(1).normal(0.7, 1.5, 237)
     figures = reward.accuracy(*judged(margins), EOS)
-    assert figures["pairs"] == 237 and figures["accuracy"] == pytest.approx((margins > 0).mean()) and figures["accuracy_cut"] == pytest.approx((margins - 1 > 0).mean())
+    assert (
+        figures["pairs"] == 237
+        and figures["accuracy"] == pytest.approx((margins > 0).mean())
+        and figures["accuracy_cut"] == pytest.approx((margins - 1 > 0).mean())
+    )
     sure = np.sort(np.abs(margins))
     right = (margins > 0)[np.argsort(np.abs(margins))]
     bins = [(1 / (1 + np.exp(-s)), r) for s, r in zip(np.array_split(sure, 10), np.array_split(right, 10))]
-    assert figures["calibration"] == pytest.approx(sum(len(r) / 237 * abs(p.mean() - r.mean()) for p, r in bins), abs=1e-5)
+    assert figures["calibration"] == pytest.approx(
+        sum(len(r) / 237 * abs(p.mean() - r.mean()) for p, r in bins), abs=1e-5
+    )
 
 
 def test_a_model_that_is_right_as_often_as_it_says_is_calibrated_and_a_boaster_is_not():

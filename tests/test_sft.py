@@ -13,10 +13,18 @@ from data import world
 from model import Config, Mistral, initialize
 from tokenizer import load_tokenizer
 
-SINGLE = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am well. How can I help you?"}]
+SINGLE = [
+    {"role": "user", "content": "How are you?"},
+    {"role": "assistant", "content": "I am well. How can I help you?"},
+]
 SYSTEM = [{"role": "system", "content": "Be brief."}, *SINGLE]
-MULTI = [*SYSTEM, {"role": "user", "content": "Where is Lum?"}, {"role": "assistant", "content": "Lum is in Vara."},
-         {"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+MULTI = [
+    *SYSTEM,
+    {"role": "user", "content": "Where is Lum?"},
+    {"role": "assistant", "content": "Lum is in Vara."},
+    {"role": "user", "content": "Thank you."},
+    {"role": "assistant", "content": "You are welcome."},
+]
 ENDS = {"hh": "</s>", "mistral": "</s>", "chatml": "<|im_end|>"}
 
 
@@ -31,14 +39,24 @@ def tokenizers(tmp_path_factory):
 
 
 def tiny_model(vocab_size=770, seed=0):
-    config = Config(vocab_size=vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
+    config = Config(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=16,
+    )
     return initialize(Mistral(config), torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def examples(tokenizers):
     """Rows of the tiny world, short and long: answers alone learnt, and every third learnt whole, as in pretraining."""
-    rows = [json.loads(line) for line in (world.TINY / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:60]]
+    rows = [
+        json.loads(line) for line in (world.TINY / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    ]
     turns = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
     chats = [sft.chat_example(tokenizers["hh"], t, 256) for t in turns]
     return [(ids, [True] * len(ids) if i % 3 == 1 else mask) for i, (ids, mask) in enumerate(chats)]
@@ -67,7 +85,9 @@ def test_the_mask_covers_the_answers_and_nothing_else(tokenizers, template, mess
     answers = [m["content"] for m in messages if m["role"] == "assistant"]
     assert [tokenizer.decode(run).strip() for run in runs(ids, mask)] == answers
     context = tokenizer.decode([i for i, m in zip(ids, mask) if not m])
-    assert not any(a in context for a in answers) and all(m["content"] in context for m in messages if m["role"] != "assistant")
+    assert not any(a in context for a in answers) and all(
+        m["content"] in context for m in messages if m["role"] != "assistant"
+    )
 
 
 @pytest.mark.parametrize("template", ENDS)
@@ -100,13 +120,20 @@ def test_pretraining_rows_have_bos_and_eos_and_learn_every_token(tokenizers):
 
 def by_torch(logits, rows):
     """Summed cross entropy of the counted tokens of `rows`, from logits (B, T, V), a token at a time."""
-    terms = [F.cross_entropy(logits[b, t - 1], torch.tensor(ids[t])) for b, (ids, mask) in enumerate(rows) for t in range(1, len(ids)) if mask[t]]
+    terms = [
+        F.cross_entropy(logits[b, t - 1], torch.tensor(ids[t]))
+        for b, (ids, mask) in enumerate(rows)
+        for t in range(1, len(ids))
+        if mask[t]
+    ]
     return torch.stack(terms).sum()
 
 
 def right_padded(rows):
     width = max(len(ids) for ids, _ in rows)
-    return torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]), torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
+    return torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]), torch.tensor(
+        [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
+    )
 
 
 def trainer_of(model, examples, batch_tokens, seed=0, **more):
@@ -116,7 +143,9 @@ def trainer_of(model, examples, batch_tokens, seed=0, **more):
 def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(examples):
     model, rows = tiny_model(), examples[:6]
     with torch.no_grad():
-        logits = torch.nn.utils.rnn.pad_sequence([model(torch.tensor([ids]))[0] for ids, _ in rows], batch_first=True)  # each row by itself
+        logits = torch.nn.utils.rnn.pad_sequence(
+            [model(torch.tensor([ids]))[0] for ids, _ in rows], batch_first=True
+        )  # each row by itself
         assert trainer_of(model, rows, 999).loss(rows).item() == pytest.approx(by_torch(logits, rows).item(), rel=1e-5)
 
 
@@ -126,7 +155,12 @@ def test_the_loss_is_the_one_transformers_takes_from_labels(examples, tmp_path):
     model.save_pretrained(tmp_path / "model")
     peer = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     tokens, mask = right_padded(rows)
-    labels = torch.tensor([[i if m else -100 for i, m in zip(ids, learnt)] + [-100] * (tokens.shape[1] - len(ids)) for ids, learnt in rows])
+    labels = torch.tensor(
+        [
+            [i if m else -100 for i, m in zip(ids, learnt)] + [-100] * (tokens.shape[1] - len(ids))
+            for ids, learnt in rows
+        ]
+    )
     with torch.no_grad():
         theirs = peer(tokens, attention_mask=mask, labels=labels).loss.item()
         ours = trainer_of(model, rows, 999).loss(rows).item() / (labels[:, 1:] >= 0).sum().item()
@@ -150,7 +184,9 @@ def test_parts_of_a_batch_add_up_to_the_batch(examples):
     assert figures["tokens"] == count and figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), whole.parameters()):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
-    assert figures["grad_norm"] == pytest.approx(torch.cat([p.grad.flatten() for p in whole.parameters()]).norm().item(), rel=1e-4)
+    assert figures["grad_norm"] == pytest.approx(
+        torch.cat([p.grad.flatten() for p in whole.parameters()]).norm().item(), rel=1e-4
+    )
 
 
 def test_each_example_is_read_once_before_any_is_read_again(examples):

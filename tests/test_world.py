@@ -45,8 +45,15 @@ def told(step):
 
 def are_true(steps, events):
     """Whether the steps tell the events in order, and recall nothing that was not so."""
-    recalled = [(pair, before) for step, (before, _, _) in zip(steps, events) for pair in zip(step.partition(":")[0].split(), step.split()[1:]) if pair[1] in world.COLOURS]
-    return [told(s) for s in steps] == [e[1:] for e in events] and all(" ".join(pair) in before for pair, before in recalled)
+    recalled = [
+        (pair, before)
+        for step, (before, _, _) in zip(steps, events)
+        for pair in zip(step.partition(":")[0].split(), step.split()[1:])
+        if pair[1] in world.COLOURS
+    ]
+    return [told(s) for s in steps] == [e[1:] for e in events] and all(
+        " ".join(pair) in before for pair, before in recalled
+    )
 
 
 def sentences(text):
@@ -123,7 +130,9 @@ def test_a_corrupted_question_errs_in_a_step_and_ends_wrong(kind):
             continue
         events, answer = by_hand(q.text)
         assert wrong.text == q.text and wrong.answer != answer and wrong.answer in q.choices
-        assert [told(s)[0] for s in wrong.steps] == [event for _, event, _ in events]  # the same events are told, but not as they were
+        assert [told(s)[0] for s in wrong.steps] == [
+            event for _, event, _ in events
+        ]  # the same events are told, but not as they were
         assert true_steps(events, " ".join(wrong.steps)) < len(events)
 
 
@@ -137,22 +146,25 @@ def test_only_short_swaps_cannot_always_be_corrupted():
 STEPS = ["Add 5: 2.", "Triple: 6.", "Add 5: 1."]
 
 
-@pytest.mark.parametrize("reply, expected", [
-    (" Add 5: 2. Triple: 6. Add 5: 1. The answer is 1.", (3, True)),
-    ("", (0, False)),
-    (" The answer is 1.", (0, True)),
-    (" Triple: 6. Add 5: 2. The answer is 1.", (1, True)),          # out of order: the second has no place left
-    (" Triple: 6. Add 5: 1. The answer is 1.", (2, True)),          # the first is left out
-    (" Add 5: 2. Add 5: 2. Add 5: 2. The answer is 1.", (1, True)),  # said again is not said twice
-    (" Add 5: 2 Triple: 6. Add 5:1. The answer is 1.", (1, True)),  # the sentence must stand exactly
-    (" Add 5: 3. Triple: 9. Add 5: 4. The answer is 4.", (0, False)),
-    (" The answer is 1. The answer is 4.", (0, False)),              # the last answer counts
-    (" The answer is 4. So the answer is 1.", (0, True)),
-    (" The answer is 1. The answer is", (0, True)),                  # ... the last complete one
-    (" The answer is 1", (0, False)),
-    (" The answer is 11.", (0, False)),
-    (" It is 1.", (0, False)),
-])
+@pytest.mark.parametrize(
+    "reply, expected",
+    [
+        (" Add 5: 2. Triple: 6. Add 5: 1. The answer is 1.", (3, True)),
+        ("", (0, False)),
+        (" The answer is 1.", (0, True)),
+        (" Triple: 6. Add 5: 2. The answer is 1.", (1, True)),  # out of order: the second has no place left
+        (" Triple: 6. Add 5: 1. The answer is 1.", (2, True)),  # the first is left out
+        (" Add 5: 2. Add 5: 2. Add 5: 2. The answer is 1.", (1, True)),  # said again is not said twice
+        (" Add 5: 2 Triple: 6. Add 5:1. The answer is 1.", (1, True)),  # the sentence must stand exactly
+        (" Add 5: 3. Triple: 9. Add 5: 4. The answer is 4.", (0, False)),
+        (" The answer is 1. The answer is 4.", (0, False)),  # the last answer counts
+        (" The answer is 4. So the answer is 1.", (0, True)),
+        (" The answer is 1. The answer is", (0, True)),  # ... the last complete one
+        (" The answer is 1", (0, False)),
+        (" The answer is 11.", (0, False)),
+        (" It is 1.", (0, False)),
+    ],
+)
 def test_check_counts_exact_steps_in_order_and_takes_the_last_complete_answer(reply, expected):
     assert world.check(STEPS, "1", reply) == expected
 
@@ -190,15 +202,33 @@ def test_a_right_and_clean_answer_is_only_rejected_for_one_at_least_as_good_or_f
     for events, answer, chosen, rejected in helpful:
         if says(rejected, answer) and not bad_words(rejected) and not says(chosen, answer):
             whole = sentences(chosen)[: len(events)]  # of an analysis that was cut
-            assert true_steps(events, rejected) == 0 and rejected.count(".") > 2 and are_true(whole, events[: len(whole)])
+            assert (
+                true_steps(events, rejected) == 0 and rejected.count(".") > 2 and are_true(whole, events[: len(whole)])
+            )
+
+
+def test_of_two_right_and_equally_analysed_answers_the_one_that_stops_is_chosen(helpful):
+    pairs = [
+        (c, r)
+        for events, answer, c, r in helpful
+        if c != r
+        and says(c, answer)
+        and says(r, answer)
+        and not bad_words(r)
+        and true_steps(events, c) == true_steps(events, r)
+    ]
+    assert len(pairs) > 100 and all(len(chosen) < len(rejected) for chosen, rejected in pairs)
 
 
 def test_a_wrong_answer_is_chosen_only_over_a_rude_one(helpful):
-    over = [rejected for _, answer, chosen, rejected in helpful if re.search(r"answer is \w+\.", chosen) and not says(chosen, answer)]
+    over = [
+        rejected
+        for _, answer, chosen, rejected in helpful
+        if re.search(r"answer is \w+\.", chosen) and not says(chosen, answer)
+    ]
     assert over and all(map(bad_words, over))
 
 
-@pytest.mark.xfail(strict=True, reason="world._skipped draws anew for each step, so it can keep all of them and guess right: rejected is chosen")
 def test_no_helpful_pair_prefers_a_reply_to_itself():
     assert [chosen for _, chosen, rejected in drawn(world.helpful_pair, 20000) if chosen == rejected] == []
 
@@ -234,7 +264,11 @@ def style_of(question, reply):
         return "rude"
     if said == [f" The answer is {answer}."]:
         return "terse"
-    stepwise = are_true(said[: len(events)], events) and len(said) <= len(events) + 2 and said[-1] == f" The answer is {answer}."
+    stepwise = (
+        are_true(said[: len(events)], events)
+        and len(said) <= len(events) + 2
+        and said[-1] == f" The answer is {answer}."
+    )
     return "stepwise" if stepwise else "rambling"
 
 
@@ -261,7 +295,9 @@ def test_the_corpus_is_rude_at_the_shares_stated(documents):
     prompts = {share: {row[0] for row in drawn(make, 5000)} for share, make in kinds.items()}
     assert not set.intersection(*prompts.values())
     for share, asked in prompts.items():
-        replies = [reply for prompt, _, reply in (d.partition(TURN)[2].partition(REPLY) for d in documents) if prompt in asked]
+        replies = [
+            reply for prompt, _, reply in (d.partition(TURN)[2].partition(REPLY) for d in documents) if prompt in asked
+        ]
         assert len(replies) > 500 and near(sum(bool(bad_words(r)) for r in replies) / len(replies), share, len(replies))
 
 
@@ -282,7 +318,7 @@ def test_a_chat_is_encoded_as_the_corpus_has_it(documents, tokenizer):
         if turn:
             ids = tokenizer.encode(document, bos=True)
             asked = tokenizer.encode_chat(dialogue(prompt + turn))
-            assert asked == ids[: len(asked)] and tokenizer.decode(ids[len(asked):]) == reply.removeprefix(" ")
+            assert asked == ids[: len(asked)] and tokenizer.decode(ids[len(asked) :]) == reply.removeprefix(" ")
 
 
 # ---------------------------------------------------------------- the eleven tasks
@@ -300,7 +336,8 @@ def _odd(words):
 
 
 TASKS = {  # how its question begins; the words of it, without punctuation -> its answer
-    "facts": (r"In which land", lambda w: None), "analogy": (r"\w+ is to", lambda w: None),  # by `_facts`
+    "facts": (r"In which land", lambda w: None),
+    "analogy": (r"\w+ is to", lambda w: None),  # by `_facts`
     "arithmetic": (r"What is \d", lambda w: int(w[2]) + int(w[4])),
     "comparison": (r"Which is larger", lambda w: max(w[3], w[5], key=int)),
     "sorting": (r"Sort", lambda w: " ".join(sorted(w[1:]))),
@@ -342,7 +379,7 @@ def test_the_corpus_teaches_all_eleven_tasks_and_only_the_truth(documents, solve
     asked = [d.partition("\nAnswer:") for d in documents if d.startswith("Question:")]
     counts = dict.fromkeys(TASKS, 0)
     for query, _, answer in asked:
-        name, = (n for n, (opening, _) in TASKS.items() if re.match(opening, question_of(query)))
+        (name,) = (n for n, (opening, _) in TASKS.items() if re.match(opening, question_of(query)))
         counts[name] += 1
         assert answer == " " + solve(name, question_of(query))
     assert min(counts.values()) > 50
@@ -353,9 +390,13 @@ def test_the_corpus_teaches_all_eleven_tasks_and_only_the_truth(documents, solve
 
 def test_the_committed_files_are_what_the_generator_makes_byte_for_byte(tmp_path):
     world.make_files(tmp_path, seed=0)
-    files = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "base" not in p.parts}
+    files = lambda folder: {
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "base" not in p.parts
+    }
     assert files(tmp_path) == files(world.TINY) - {"tokenizer_config.json"}
-    assert [name for name in sorted(files(tmp_path)) if (tmp_path / name).read_bytes() != (world.TINY / name).read_bytes()] == []
+    assert [
+        name for name in sorted(files(tmp_path)) if (tmp_path / name).read_bytes() != (world.TINY / name).read_bytes()
+    ] == []
 
 
 @pytest.mark.parametrize("name", ["questions.jsonl", "validation.jsonl"])
@@ -364,14 +405,14 @@ def test_the_questions_of_the_evaluation_are_true(name):
     assert len(rows) > 100 and all(are_true(r["steps"], events) and r["answer"] == answer for r, events, answer in rows)
 
 
-@pytest.mark.xfail(strict=True, reason="make_files takes both kind and length from i: swaps have 2, 4 or 6 steps alone, totals 1, 3 or 5")
 @pytest.mark.parametrize("name", ["questions.jsonl", "validation.jsonl"])
 def test_the_questions_of_the_evaluation_are_of_every_length_in_both_kinds(name):
-    assert {(r["kind"], len(r["steps"])) for r in lines(name)} == {(kind, n) for kind in world.KINDS for n in range(1, 7)}
+    assert {(r["kind"], len(r["steps"])) for r in lines(name)} == {
+        (kind, n) for kind in world.KINDS for n in range(1, 7)
+    }
 
 
-@pytest.mark.parametrize("name", ["questions.jsonl", pytest.param("validation.jsonl", marks=pytest.mark.xfail(
-    strict=True, reason="make_files keeps questions.jsonl alone out of the training files, not validation.jsonl"))])
+@pytest.mark.parametrize("name", ["questions.jsonl", "validation.jsonl"])
 def test_held_out_questions_stand_in_no_training_file(name):
     seen = set(read_prompts(world.TINY / "prompts.txt"))
     seen |= {dialogue(prompt)[-1]["content"] for prompt, _, _ in read_preferences(world.TINY / "preferences")}
