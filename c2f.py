@@ -409,8 +409,14 @@ def train_ppo(run):
 
 def reward_score(run, tokenizer):
     """PPO's score function from the stage's reward model."""
-    scorer, trim = reward_scorer(run, tokenizer), tokenizer.trim if run.o.eos else list
-    return lambda contexts, responses: scorer([c["messages"] for c in contexts], [trim(r) for r in responses])
+    scorer = reward_scorer(run, tokenizer)
+
+    def whole(response):
+        """A turn that ended with a stop string has ended: the reward model knows an ending as EOS."""
+        kept = tokenizer.trim(response) if run.o.eos else response
+        return kept + [tokenizer.eos_id] * (len(kept) < len(response))
+
+    return lambda contexts, responses: scorer([c["messages"] for c in contexts], [whole(r) for r in responses])
 
 
 def ppo_prompts(o, tokenizer):
@@ -500,7 +506,13 @@ def text_score(name, flag, tokenizer, eos):
             )
             text.prompt, text.response = c["text"], response
             texts.append(text)
-        return call(texts)
+        try:
+            scores = torch.as_tensor(call(texts), dtype=torch.float32)
+        except Exception as e:
+            raise InputError(f"{flag}: {name} failed on {len(texts)} texts ({type(e).__name__}: {e})") from e
+        if scores.shape != (len(texts),) or not scores.isfinite().all():
+            raise InputError(f"{flag}: {name} is to return {len(texts)} finite numbers, got {tuple(scores.shape)}")
+        return scores
 
     return score
 

@@ -40,7 +40,7 @@ def redundancy(text):
     """Share of the words of `text` that stand in a sentence said before in it, word for word.
 
     >>> redundancy("It is red. So it is. It is red.")
-    0.375
+    0.3333333333333333
     """
     said, words, repeated = set(), 0, 0
     for sentence in re.split(r"[.!?\n]+", text.lower()):
@@ -284,23 +284,25 @@ def _draw_limit(axis, rows):
         axis.set_ylim(bottom=0)
         axis.legend(loc="upper left")
         other = axis.twinx()
-        other.plot(steps, [r["p_extend"] for r in rows], ".", color="tab:orange", markersize=4)
-        other.set(ylim=(0, 1.02), ylabel="p_extend (dots; 0 while its window fills)")
+        judged = [(r["step"], r["p_extend"]) for r in rows if r["p_extend"] > 0]
+        other.plot(*(zip(*judged) if judged else ([], [])), ".", color="tab:orange", markersize=5)
+        other.axhline(0.5, color="tab:orange", linewidth=0.5, linestyle=":")
+        other.set(ylim=(0, 1.02), ylabel="p_extend where the window is full (dots)")
 
 
 def _draw_sweep(axis, sweep):
-    axis.set(title="merge: gamma * coarse + (1 - gamma) * sft, validation set", xlabel="gamma")
-    for name, colour in (
-        ("accuracy", "tab:blue"),
-        ("ended_rate", "tab:green"),
-        ("redundancy", "tab:red"),
-        ("reward", "tab:purple"),
-    ):
+    axis.set(title="merge: gamma * coarse + (1 - gamma) * sft, validation set", xlabel="gamma", ylabel="share")
+    other = axis.twinx()
+    other.set_ylabel("reward (dashed)")
+    for name, colour in (("accuracy", "tab:blue"), ("ended_rate", "tab:green"), ("redundancy", "tab:red")):
         points = sorted((float(g), v[name]) for g, v in sweep.items() if name in v)
         if points:
-            axis.plot(*zip(*points), marker="o", label=HEADINGS.get(name, name), color=colour)
+            axis.plot(*zip(*points), marker="o", markersize=4, label=HEADINGS.get(name, name), color=colour)
+    points = sorted((float(g), v["reward"]) for g, v in sweep.items() if "reward" in v)
+    if points:
+        other.plot(*zip(*points), "--", color="tab:purple")
     if sweep:
-        axis.legend()
+        axis.legend(loc="center right")
 
 
 def _draw_bars(axis, results, names, title):
@@ -314,4 +316,5 @@ def _draw_bars(axis, results, names, title):
     axis.set_xticks(range(len(models)), models)
     axis.set(title=title)
     if models and len(names) > 1:
-        axis.legend()
+        axis.set_ylim(0, 1.25)
+        axis.legend(loc="upper center", ncols=3, fontsize="small")

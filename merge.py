@@ -16,7 +16,7 @@ TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "adde
 
 def check_gamma(gamma):
     if not 0 <= gamma <= 1:
-        raise InputError(f"gamma is {gamma}, a share between 0 and 1 is expected")
+        raise InputError(f"--gamma, --gammas: {gamma} given, a share between 0 and 1 expected")
 
 
 def check_partners(coarse, sft):

@@ -615,8 +615,10 @@ def test_21_a_reward_model_with_another_tokenizer_gets_text(folder, tmp_path, sp
     other = byte_tokenizer(tmp_path)
     tiny(RewardModel, vocab=1024).save_pretrained(tmp_path, other.files)
     given = recipe(folder, tmp_path / "run", "plus", "--reward-model", str(tmp_path))
-    rows = scored(given, spy, [load_tokenizer(TINY).encode(" Good day.", continues=True)])
-    assert other.decode(rows[0]) == "\n\nHuman: Hello!\n\nAssistant: Good day."
+    tok = load_tokenizer(TINY)
+    reply = tok.encode(" Good day.", continues=True)
+    cut, ended = scored(given, spy, [reply, [*reply, tok.eos_id]])
+    assert other.decode(cut) == "\n\nHuman: Hello!\n\nAssistant: Good day." and ended == [*cut, other.eos_id]
 
 
 def test_22_the_critic_reads_the_ids_that_the_actor_reads():
