@@ -237,8 +237,8 @@ def test_partners_refused_with_nothing_written(options, spoil, named, tmp_path):
 @pytest.mark.parametrize("gamma", [-0.1, 1.0001, float("nan"), float("inf"), 70])
 def test_gamma_outside_0_to_1_is_refused(gamma, tmp_path):
     coarse, sft = parents(tmp_path)
-    assert_refused(tmp_path, "gamma is", coarse, sft, tmp_path / "fine", gamma)
-    with pytest.raises(InputError, match="gamma is"):
+    assert_refused(tmp_path, "--gamma", coarse, sft, tmp_path / "fine", gamma)
+    with pytest.raises(InputError, match="--gamma"):
         sweep(coarse, sft, [0.5, gamma], lambda gamma, tensors: pytest.fail("evaluated before all were checked"))
 
 

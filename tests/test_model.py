@@ -446,9 +446,6 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p):
     assert set(drawn.tolist()) == set(smallest)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="top_p 0 leaves no id and draws id 0; it should keep the likeliest or be refused"
-)
 def test_top_p_0_is_greedy_or_refused(both):
     prompts = random_rows([5, 6])
     try:

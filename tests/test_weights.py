@@ -101,10 +101,6 @@ def test_the_dtype_asked_for(folder):
         }
 
 
-def known(reason):
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 THETA = {"rope_type": "default", "rope_theta": 700.0}
 FORMS = [  # what a config.json may look like; transformers reads the same one
     pytest.param({}, id="as saved"),
@@ -775,19 +771,16 @@ WHY = {"unknown": "RepositoryNotFoundError: 404", "server gone": "Connect", "HF_
 
 
 @pytest.mark.parametrize("how", WHY)
-@known("the line tells of the cache instead")
 def test_the_line_tells_what_is_wrong_with_the_hub(from_hub, how):
     assert WHY[how] in from_hub[0][how]["refused"]
 
 
 @pytest.mark.parametrize("how", ["server gone", "HF_HUB_OFFLINE"])
-@known("a model in the cache is refused as incomplete when the hub cannot be asked: it lacks the files not wanted")
 def test_cached_models_open_offline(from_hub, how):
     answers, _ = from_hub
     assert answers[f"cached, {how}"] == answers["hf"]
 
 
-@known("an error without a message ends in an IndexError")
 def test_a_hub_error_without_a_message_is_refused_too(monkeypatch):
     def fail(*_, **__):
         raise TimeoutError
