@@ -483,20 +483,14 @@ def sample(logits, temperature, top_p, generator):
     return (probs / torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-20)).argmax(-1)
 
 
+def stopped_at(ids, stop, after):
+    """How many of the ids stand when `stop` is first true of them, looked for beyond `after`; None: it is not."""
+    return next((n for n in range(after + 1, len(ids) + 1) if stop(ids[:n])), None) if stop(ids) else None
+
+
 @torch.no_grad()
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    temperature=1.0,
-    top_p=1.0,
-    eos_id=None,
-    seed=None,
-    *,
-    forbid=(),
-    stop=None,
-    with_logprobs=False,
-):
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, seed=None, *,
+             forbid=(), stop=None, with_logprobs=False):  # fmt: skip
     """Continues each prompt by up to `max_new_tokens`.
 
     prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
@@ -509,9 +503,8 @@ def generate(
         raise InputError("generate: every prompt needs at least one token")
     device = model.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    ends = torch.as_tensor(
-        [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id), device=device
-    )
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    ends = torch.as_tensor(ends, device=device)
     tokens, mask = pad_left(prompts, device)
     B, P = tokens.shape
     cache = Cache(model.config, B, P + max_new_tokens, device, model.lm_head.weight.dtype)
@@ -534,10 +527,9 @@ def generate(
         if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
             if stop is not None:
                 for i in (~checked).nonzero()[:, 0].tolist():
-                    ids = out[rows[i], : int(lengths[rows[i]])].tolist()
-                    if stop(ids):  # somewhere in the last 8 tokens
-                        lengths[rows[i]] = next(n for n in range(t // 8 * 8 + 1, len(ids) + 1) if stop(ids[:n]))
-                        done[i] = True
+                    end = stopped_at(out[rows[i], : int(lengths[rows[i]])].tolist(), stop, t // 8 * 8)
+                    if end is not None:
+                        lengths[rows[i]], done[i] = end, True
                 checked = done.clone()
             alive = (~done).nonzero()[:, 0]
             if len(alive) == 0:
@@ -546,6 +538,5 @@ def generate(
                 cache.keep(alive)
                 rows, done, tokens, mask = rows[alive], done[alive], tokens[alive], mask[alive]
                 checked = done
-    lengths = lengths.tolist()
-    ids = [row[:n] for row, n in zip(out.tolist(), lengths)]
-    return (ids, [row[:n] for row, n in zip(logprobs.tolist(), lengths)]) if with_logprobs else ids
+    cut = lambda rows: [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]  # noqa: E731
+    return (cut(out), cut(logprobs)) if with_logprobs else cut(out)

@@ -49,11 +49,12 @@ def share_of_7(contexts, responses):
 
 def make(score=share_of_7, *, actor=None, critic=None, limit=LIMIT, steps=4, seed=0, eos_id=EOS, second_score=None,
          forbid=(), describe=None, **options):
-    actor = actor or tiny()
+    """A trainer at the tests' own scale: small batches, one minibatch, large steps."""
+    actor, critic = actor or tiny(), critic or tiny(ScalarModel, seed=1)
     options = {"batch": 8, "epochs": 1, "minibatches": 1, "lr": 1e-2, "critic_lr": 1e-2} | options
-    return ppo.PPOTrainer(actor, copy.deepcopy(actor), critic or tiny(ScalarModel, seed=1), [Prompt(p) for p in PROMPTS],
-                          score, FixedLimit(limit), ppo.PPOOptions(**options), steps, eos_id=eos_id, forbid=forbid,
-                          second_score=second_score, describe=describe, seed=seed)
+    return ppo.PPOTrainer(actor, copy.deepcopy(actor), critic, [Prompt(p) for p in PROMPTS], score, FixedLimit(limit),
+                          ppo.PPOOptions(**options), steps, eos_id=eos_id, forbid=forbid, second_score=second_score,
+                          describe=describe, seed=seed)
 
 
 def roll(actor, copies=4, limit=LIMIT, eos_id=EOS, **more):
@@ -62,8 +63,8 @@ def roll(actor, copies=4, limit=LIMIT, eos_id=EOS, **more):
 
 def rows_of(batch):
     """[(prompt ids, response ids)] of a Rollout."""
-    P = batch.prompt_columns
-    return [(t[:P][m[:P]].tolist(), t[P:][r].tolist()) for t, m, r in zip(batch.tokens, batch.mask, batch.response_mask)]
+    P, rows = batch.prompt_columns, zip(batch.tokens, batch.mask, batch.response_mask)
+    return [(t[:P][m[:P]].tolist(), t[P:][r].tolist()) for t, m, r in rows]
 
 
 def alone(net, row, temperature=1.0, forbid=()):
@@ -117,7 +118,7 @@ def folder(tmp_path_factory):
 
 
 def recipe(folder, out, stage, *more):
-    """One PPO step of `stage` by the command line: what c2f handed to PPOTrainer, its critic as it was then, and `out`."""
+    """One PPO step of `stage` by the command line: what c2f gave PPOTrainer (the critic as it was then), and `out`."""
     given, trainer = {"out": out}, ppo.PPOTrainer
 
     def record(*args, **kwargs):
@@ -197,7 +198,8 @@ def test_02_what_stands_in_padded_places_changes_nothing(batch):
     assert not torch.equal(other, batch.tokens)
     trainer = make()
     for read in (trainer.read_values, lambda *a: ppo.response_logprobs(trainer.actor, *a, entropy=True)):
-        for x, y in zip(read(batch.tokens, batch.mask, batch.response_mask), read(other, batch.mask, batch.response_mask)):
+        plain, changed = (read(tokens, batch.mask, batch.response_mask) for tokens in (batch.tokens, other))
+        for x, y in zip(plain, changed):
             close(x, y, 1e-6)
 
 
@@ -349,8 +351,9 @@ def test_08_old_new_and_reference_logprobs_and_entropy_share_the_temperature(spy
 @pytest.mark.parametrize("dtype, sharpness, tolerance", [(torch.float32, 3, 1e-5), (torch.bfloat16, 1, 1e-2)])
 @pytest.mark.parametrize("forbid", [(), (EOS,)])
 def test_09_before_any_update_the_ratio_is_1_and_the_kl_is_0(dtype, sharpness, tolerance, forbid):
-    trainer = make(actor=tiny(dtype=dtype, sharpness=sharpness), critic=tiny(ScalarModel, dtype=dtype),
-                   eos_id=None if forbid else EOS, forbid=forbid, batch=24, minibatches=4, microbatch=4, temperature=0.8)
+    actor, critic = tiny(dtype=dtype, sharpness=sharpness), tiny(ScalarModel, dtype=dtype)
+    trainer = make(actor=actor, critic=critic, eos_id=None if forbid else EOS, forbid=forbid, batch=24, minibatches=4,
+                   microbatch=4, temperature=0.8)
     first, _ = trainer.step()
     assert first["kl"] == 0.0 and abs(first["ratio_first"] - 1) < tolerance
     second, _ = trainer.step()
@@ -445,7 +448,8 @@ def test_13_the_policy_gradient_is_that_of_the_clipped_surrogate_alone(batch, ha
 
 def test_14_losses_entropy_kl_and_clip_fraction_are_means_over_real_tokens(batch, half_way):
     trainer, advantages, returns, old_values = half_way
-    rows, sums = rows_of(batch), dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "entropy", "approx_kl"), 0.0)
+    names = "policy_loss", "value_loss", "clip_fraction", "entropy", "approx_kl"
+    rows, sums = rows_of(batch), dict.fromkeys(names, 0.0)
     for i, (prompt, response) in enumerate(rows):
         every = alone(trainer.actor, rows[i]).detach()
         values = trainer.critic(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].tolist()
@@ -534,8 +538,9 @@ def test_17_a_score_that_never_differs_does_no_harm():
 # ---------------------------------------------------------------- 18 to 22: the update
 
 
-@pytest.mark.parametrize("rows, epochs, minibatches, microbatch", [(8, 2, 2, 3), (7, 3, 4, 64), (8, 1, 8, 2), (6, 4, 1, 1)])
-def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row_once(rows, epochs, minibatches, microbatch):
+@pytest.mark.parametrize("sizes", [(8, 2, 2, 3), (7, 3, 4, 64), (8, 1, 8, 2), (6, 4, 1, 1)])
+def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row_once(sizes):
+    rows, epochs, minibatches, microbatch = sizes
     trainer = make(batch=rows, epochs=epochs, minibatches=minibatches, microbatch=microbatch, steps=2, lr=1e-3)
     counts, read, backward = [0, 0], [], trainer.backward
     for i, optimizer in enumerate(trainer.optimizers):
@@ -548,7 +553,7 @@ def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row
     assert max(map(len, read)) <= microbatch
     assert 0.4 < trainer.schedules[0].get_last_lr()[0] / 1e-3 < 0.8  # half of the run is done, and half of the cosine
     trainer.step()
-    close([s.get_last_lr()[0] for s in trainer.schedules], [1e-3 / 10, 1e-2 / 10], 1e-9)  # the schedule ends with the run
+    close([s.get_last_lr()[0] for s in trainer.schedules], [1e-3 / 10, 1e-2 / 10], 1e-9)  # it ends with the run
 
 
 @pytest.mark.parametrize("most", [1e-3, 1e9])
@@ -743,7 +748,7 @@ def test_28_the_length_term_is_a_share_of_the_limit_so_that_it_means_the_same_wh
     for limit in (10, 200):
         lengths = torch.tensor([limit, limit // 2])
         close(ppo.shape_scores(torch.ones(2), lengths, torch.zeros(2), limit, concise=0.5), [0.5, 0.75])
-    metrics, _ = make(concise=0.5, truncation_penalty=2.0, batch=24).step()  # the score is logged without them, and with
+    metrics, _ = make(concise=0.5, truncation_penalty=2.0, batch=24).step()  # logged without them, and with
     terms = 0.5 * metrics["response_length"] / LIMIT + 2 * metrics["truncation_rate"]
     close(metrics["reward"] - metrics["reward_shaped"], terms)
 
@@ -784,7 +789,8 @@ def test_gae_at_lambda_1_is_the_discounted_return_less_the_value():
     rewards, values, mask = ragged()
     _, returns = ppo.compute_gae(rewards, values, mask, 0.5, 1.0)
     r = rewards[1]
-    close(returns[1], [r[0] + r[1] / 2 + r[2] / 4 + r[3] / 8, r[1] + r[2] / 2 + r[3] / 4, r[2] + r[3] / 2, r[3], 0, 0], 1e-12)
+    expected = [r[0] + r[1] / 2 + r[2] / 4 + r[3] / 8, r[1] + r[2] / 2 + r[3] / 4, r[2] + r[3] / 2, r[3], 0, 0]
+    close(returns[1], expected, 1e-12)
 
 
 def test_gae_gives_the_example_of_its_docstring():
@@ -842,11 +848,12 @@ def test_masked_whiten_is_finite_where_there_is_no_variance(count):
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, slope", [  # clip 0.2; slope = d loss / d logp = -ratio A, or 0
-    (1.0, 2.0, -2.0, -2.0), (1.5, 2.0, -2.4, 0.0), (0.5, 2.0, -1.0, -1.0), (1.5, -2.0, 3.0, 3.0), (0.5, -2.0, 1.6, 0.0)])
+    (1.0, 2.0, -2.0, -2.0), (1.5, 2.0, -2.4, 0.0), (0.5, 2.0, -1.0, -1.0), (1.5, -2.0, 3.0, 3.0),
+    (0.5, -2.0, 1.6, 0.0)])
 def test_policy_loss_in_closed_form(ratio, advantage, loss, slope):
     new = torch.tensor([[-1.0, -1.0]], requires_grad=True)
-    old = new.detach() - math.log(ratio)
-    total, ratios, clipped = ppo.policy_loss(new, old, torch.tensor([[advantage, 99.0]]), torch.tensor([[True, False]]), 0.2)
+    old, mask = new.detach() - math.log(ratio), torch.tensor([[True, False]])
+    total, ratios, clipped = ppo.policy_loss(new, old, torch.tensor([[advantage, 99.0]]), mask, 0.2)
     total.backward()
     close(total.detach(), loss)
     close(new.grad, [[slope, 0.0]])
@@ -973,7 +980,7 @@ def test_cm_is_a_logistic_regression_on_trend_spread_and_change():
     (0.9, lambda n, noise: noise),  # a calm pair, of spread 0.1
     (0.3, lambda n, noise: 0.5 * (-1) ** n)])  # rewards half a deviation to and fro
 def test_cm_probabilities_are_those_that_its_docstring_states(p, reward):
-    rng, controller, ps = random.Random(0), ContinuousMaximization(threshold=1.0), []  # never extends: its window slides
+    rng, controller, ps = random.Random(0), ContinuousMaximization(threshold=1.0), []  # never extends
     for n in range(400):
         controller.update(reward(n, rng.gauss(0, 0.1)), rng.gauss(0.3, 0.05))
         ps.append(controller.p_extend)
