@@ -134,11 +134,11 @@ PRESETS = {
     },
     "mistral-7b": {
         "common": dict(batch=64, epochs=1, minibatches=4, microbatch=4, lr=1e-6, critic_lr=5e-6, kl_coefficient=0.05,
-                       limit=512, limit_maximum=2048, max_new_tokens=1024),
+                       limit=512, limit_maximum=2048, max_new_tokens=1024, template="hh"),
         "reward": dict(steps=2000, train_lr=5e-6, batch_pairs=64),
         "sft": dict(steps=1000, train_lr=5e-6, batch_tokens=65536),
-        "plus": dict(steps=1000, template="hh", concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=1000, template="hh", eos=False, system_prompt=ANALYTICAL, limit=256, limit_growth="cm"),
+        "plus": dict(steps=1000, concise=0.5, truncation_penalty=0.5),
+        "coarse": dict(steps=1000, eos=False, system_prompt=ANALYTICAL, limit=256, limit_growth="cm"),
     },
 }
 # fmt: on

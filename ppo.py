@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from model import generate, make_optimizer, pad_left, pad_right, shape_logits
+from weights import InputError
 
 
 def option(default, help, **more):
@@ -255,7 +256,8 @@ class SteppedLimit(FixedLimit):
     """The baseline that Continuous Maximization argues against: `amount` more tokens every `every` updates."""
 
     def __init__(self, initial, maximum, amount, every):
-        self.limit, self.maximum, self.amount, self.every, self.updates = initial, maximum, amount, every, 0
+        self.limit, self.maximum = min(initial, maximum), maximum
+        self.amount, self.every, self.updates = amount, every, 0
 
     def update(self, reward, value_loss):
         self.updates += 1
@@ -436,9 +438,11 @@ class PPOTrainer:
     def score(self, function, prompts, responses):
         """Raw scores (B,), fp32, checked: the function may be anybody's."""
         scores = torch.as_tensor(function([p.context for p in prompts], responses), dtype=torch.float32)
-        if scores.shape != (len(prompts),):
+        if scores.shape != (len(prompts),) or not scores.isfinite().all():
             shape, wanted = tuple(scores.shape), (len(prompts),)
-            raise ValueError(f"the score function returned shape {shape} for {len(prompts)} responses, not {wanted}")
+            raise InputError(
+                f"the score function returned shape {shape}, finite numbers of shape {wanted} are expected"
+            )
         return scores
 
     def calibrate(self):
@@ -455,7 +459,9 @@ class PPOTrainer:
             for i in range(0, len(prompts), self.options.batch)
         ]
         raw = torch.cat(raw)
-        self.score_mean, self.score_scale = raw.mean().item(), max(raw.std().item(), 1e-6)
+        self.score_mean, deviation = raw.mean().item(), raw.std().item()
+        # A score that does not vary here (a rule that nothing meets yet) has no unit of its own.
+        self.score_scale = deviation if deviation > 1e-6 * max(1.0, abs(self.score_mean)) else 1.0
 
     def step(self):
         """One PPO step. Returns (metrics, samples): floats by the names of DESIGN.md; the first few responses
@@ -487,7 +493,7 @@ class PPOTrainer:
         metrics = self.update(batch, masked_whiten(advantages, mask), returns, values)
         # 7  the next limit and the next beta
         self.steps_done += 1
-        response_kl = kl.sum(1)
+        response_kl, coefficient = kl.sum(1), self.kl_controller.coefficient
         self.kl_controller.update(response_kl.mean().item())
         self.limit.update(scores.mean().item(), metrics["value_loss"])
         seconds = time.perf_counter() - start
@@ -496,7 +502,7 @@ class PPOTrainer:
             "reward_shaped": shaped.mean().item(),
             "kl": response_kl.mean().item(),
             "kl_per_token": masked_mean(kl, mask).item(),
-            "kl_coefficient": self.kl_controller.coefficient,
+            "kl_coefficient": coefficient,
             "response_length": lengths.float().mean().item(),
             "length_limit": limit,
             "p_extend": self.limit.p_extend,
