@@ -99,12 +99,13 @@ def test_gamma_1_keeps_negative_zeros(tmp_path):
     assert_same_bits(tensors_of(tmp_path / "fine"), tensors_of(coarse))
 
 
-def test_partners_of_two_dtypes_merge_in_coarses(tmp_path):
+@pytest.mark.parametrize("gamma", [0, 0.25, 1])
+def test_partners_of_two_dtypes_merge_in_coarses(gamma, tmp_path):
     coarse, _ = parents(tmp_path / "a", torch.bfloat16)
     _, sft = parents(tmp_path / "b", torch.float32)
-    merge_checkpoints(coarse, sft, tmp_path / "fine", 0.25)
+    merge_checkpoints(coarse, sft, tmp_path / "fine", gamma)
     a, b, got = map(tensors_of, (coarse, sft, tmp_path / "fine"))
-    assert_same_bits(got, {n: (0.25 * a[n].double() + 0.75 * b[n].double()).to(torch.bfloat16) for n in a})
+    assert_same_bits(got, {n: (gamma * a[n].double() + (1 - gamma) * b[n].double()).to(torch.bfloat16) for n in a})
 
 
 # ------------------------------------------------------------------------------------------------ folders
@@ -144,6 +145,7 @@ def test_a_merged_folder_opens_in_transformers_with_its_tokenizer(tmp_path):
     for name, content in TOKENIZER.items():
         (sft / name).write_bytes(content)
     (coarse / "tokenizer.json").write_bytes(TOKENIZER["tokenizer.json"])  # the same: no objection
+    (coarse / "tokenizer_config.json").write_bytes(b"sft's goes first")
     merge_checkpoints(coarse, sft, tmp_path / "fine", 0.7)
     a, b = (with_transformers(f).state_dict() for f in (coarse, sft))
     theirs, expected = with_transformers(tmp_path / "fine"), peer(seed=2, sliding_window=4)
@@ -203,7 +205,7 @@ BAD = {
         "rope_theta is 10000.0 .* and 500.0",
     ),
     "eps": ({"rms_norm_eps": 0.5}, None, "rms_norm_eps is 1e-05 .* and 0.5"),
-    "tokenizer.model": ({}, lambda sft: (sft / "tokenizer.model").write_bytes(b"other"), "tokenizer.model differ"),
+    "tokenizer.model": ({}, lambda sft: (sft / "tokenizer.model").write_bytes(b"diff"), "tokenizer.model differ"),
     "tokenizer.json": ({}, lambda sft: (sft / "tokenizer.json").write_bytes(b"same "), "tokenizer.json differ"),
     "tekken.json": ({}, lambda sft: (sft / "tekken.json").write_bytes(b""), "tekken.json differ"),
     "another architecture": ({}, lambda sft: edit_json(sft / "config.json", model_type="qwen2"), "qwen2"),

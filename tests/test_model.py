@@ -504,12 +504,13 @@ def test_stop_ends_a_row_where_it_first_holds(both, n):
 
 
 def test_stop_before_eos_in_the_same_eight_tokens(both):
-    """A row that has met eos may have stopped before."""
+    """A row that has met eos may have stopped before, and does not stop after."""
     free = generate(both[0], [[1, 2, 3]], 8, temperature=0)[0]
     eos = max(free, key=free.index)
     assert free.index(eos) > 3
-    stopped = generate(both[0], [[1, 2, 3]], 8, temperature=0, eos_id=eos, stop=lambda ids: len(ids) >= 3)
-    assert stopped == [free[:3]]
+    for n, end in (3, 3), (8, free.index(eos) + 1):
+        ids = generate(both[0], [[1, 2, 3]], 8, temperature=0, eos_id=eos, stop=lambda ids: len(ids) >= n)
+        assert ids == [free[:end]]
 
 
 @pytest.mark.parametrize(
