@@ -87,7 +87,9 @@ class Options(ppo.PPOOptions):
     template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
     system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage")
     eos: bool = option(True, "whether a response may end; the coarse stage removes EOS")
-    limit: int = option(256, "length limit of a response in tokens; where growth is not fixed, the first one", least=1)
+    length_limit: int = option(
+        256, "length limit of a response in tokens; where growth is not fixed, the first one", least=1
+    )
     limit_growth: str = option(
         "fixed",
         "Continuous Maximization, limit_step tokens every limit_every steps, or none",
@@ -115,30 +117,30 @@ PRESETS = {
     "tiny": {
         "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
                        prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
-                       max_new_tokens=128, limit=128, limit_maximum=128, max_length=256, max_prompt=128,
+                       max_new_tokens=128, length_limit=128, limit_maximum=128, max_length=256, max_prompt=128,
                        dtype="float32"),
         "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
         "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
         "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
         "plus": dict(steps=30, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, limit=32, limit_growth="cm"),
+        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, length_limit=32, limit_growth="cm"),
     },
     "smollm2-135m": {
         "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5, kl_coefficient=0.05,
-                       limit=96, limit_maximum=256, max_length=160, max_prompt=96, max_new_tokens=128,
+                       length_limit=96, limit_maximum=256, max_length=160, max_prompt=96, max_new_tokens=128,
                        gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
         "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, test_pairs=150),
         "sft": dict(steps=100, train_lr=2e-5, batch_tokens=4096),
         "plus": dict(steps=20, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, limit=32, limit_growth="cm", limit_window=4),
+        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, length_limit=32, limit_growth="cm", limit_window=4),
     },
     "mistral-7b": {
         "common": dict(batch=64, epochs=1, minibatches=4, microbatch=4, lr=1e-6, critic_lr=5e-6, kl_coefficient=0.05,
-                       limit=512, limit_maximum=2048, max_new_tokens=1024, template="hh"),
+                       length_limit=512, limit_maximum=2048, max_new_tokens=1024, template="hh"),
         "reward": dict(steps=2000, train_lr=5e-6, batch_pairs=64),
         "sft": dict(steps=1000, train_lr=5e-6, batch_tokens=65536),
         "plus": dict(steps=1000, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=1000, eos=False, system_prompt=ANALYTICAL, limit=256, limit_growth="cm"),
+        "coarse": dict(steps=1000, eos=False, system_prompt=ANALYTICAL, length_limit=256, limit_growth="cm"),
     },
 }
 # fmt: on
@@ -403,7 +405,7 @@ def train_ppo(run):
     run.loop(step, shown)
     if isinstance(trainer.limit, ppo.ContinuousMaximization):
         held = f"{trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window"
-        print(f"length limit {o.limit} -> {trainer.limit.limit}: {held}")
+        print(f"length limit {o.length_limit} -> {trainer.limit.limit}: {held}")
     run.save(actor, tokenizer)
 
 
@@ -440,15 +442,15 @@ def ppo_prompts(o, tokenizer):
 
 def make_limit(o):
     if o.limit_growth == "fixed":
-        return ppo.FixedLimit(o.limit)
+        return ppo.FixedLimit(o.length_limit)
     if o.limit_growth == "stepped":
-        return ppo.SteppedLimit(o.limit, o.limit_maximum, o.limit_step, o.limit_every)
+        return ppo.SteppedLimit(o.length_limit, o.limit_maximum, o.limit_step, o.limit_every)
     # Scores are in deviations of the reference's, so that their mean over a batch varies by 1/sqrt(batch) by
     # sampling alone: two of those are the rewards' reference deviation. A critic's loss is a mean over tokens,
     # nearly all of whose values are easy; a tenth of the score's variance is much for it.
     reward_scale, value_scale = 2 / o.batch**0.5, 0.1
     return ppo.ContinuousMaximization(
-        initial=o.limit, maximum=o.limit_maximum, factor=o.limit_factor, window=o.limit_window,
+        initial=o.length_limit, maximum=o.limit_maximum, factor=o.limit_factor, window=o.limit_window,
         threshold=o.limit_threshold, reward_scale=reward_scale, value_scale=value_scale,
         weights=o.limit_weights, bias=o.limit_bias,
     )  # fmt: skip

@@ -48,7 +48,7 @@ DESIGN = {
     "peak_memory_gib",
 }
 CLOCKS = {"samples_per_second", "tokens_per_second", "generation_share", "peak_memory_gib"}
-SIZES = "--steps 3 --batch 4 --limit 8 --limit-maximum 12 --limit-window 2 --limit-bias 1000 --max-new-tokens 8 --batch-pairs 4 --batch-tokens 256 --gammas 0,0.7,1 --threads 1".split()
+SIZES = "--steps 3 --batch 4 --length-limit 8 --limit-maximum 12 --limit-window 2 --limit-bias 1000 --max-new-tokens 8 --batch-pairs 4 --batch-tokens 256 --gammas 0,0.7,1 --threads 1".split()
 JUDGE = """
 calls = []
 def length(texts):
@@ -174,7 +174,7 @@ REFUSED = [  # arguments, what the line on stderr must name
     ("--lr -1", "--lr"),
     ("--epochs 0", "--epochs"),
     ("--minibatches 99 --batch 4", "--minibatches"),
-    ("--limit 0", "--limit"),
+    ("--length-limit 0", "--length-limit"),
     ("--limit-window 0", "--limit-window"),
     ("--limit-weights 1,2", "--limit-weights"),
     ("--temperature -1", "--temperature"),

@@ -129,7 +129,7 @@ def recipe(folder, out, stage, *more):
     arguments = f"--stage {stage} --model {folder}/base --reward-model {folder}/judge --prompts {folder}/prompts.txt"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ppo, "PPOTrainer", record)
-        assert c2f.main(f"{arguments} --out {out} --steps 1 --batch 8 --limit 6".split() + list(more)) == 0
+        assert c2f.main(f"{arguments} --out {out} --steps 1 --batch 8 --length-limit 6".split() + list(more)) == 0
     return given
 
 
