@@ -302,7 +302,7 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.adapter = None  # the one that is on
+        self.on = (None,)  # the adapter that is on; in a tuple, so that it is no part of the trunk
         self.checkpointing = False  # whether backward computes each layer again instead of keeping its inside
 
     def forward(self, tokens, mask=None, cache=None):
@@ -323,7 +323,7 @@ class Trunk(nn.Module):
         x = self.embed_tokens(tokens)
         for layer, keep in zip(self.layers, stores):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._again, self.adapter, layer, x, cos, sin, seen, use_reentrant=False)
+                x = checkpoint(self._again, self.on[0], layer, x, cos, sin, seen, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, seen, keep)
         return self.norm(x)
@@ -335,11 +335,11 @@ class Trunk(nn.Module):
 
     def use(self, adapter):
         """Turns `adapter` on in all layers, or with None the one that is on off."""
-        if self.adapter is not adapter:
+        if self.on[0] is not adapter:
             for name, layer in self.named_modules():
                 if isinstance(layer, Linear):
                     layer.low_rank = None if adapter is None else adapter.of(name)
-            self.adapter = adapter
+            self.on = (adapter,)
 
 
 # ---------------------------------------------------------------- adapters
@@ -746,9 +746,11 @@ class Decoder:
     CUDA graph, once for each number of rows, and replayed; the buffers are kept for the next call, and have room for
     a multiple of 256 tokens, so that a moving length limit seldom asks for new ones."""
 
+    RECORDS = ("cuda",)
+
     def __init__(self, model, batch, columns):
         device, dtype = model.device, model.lm_head.weight.dtype
-        self.static = device.type == "cuda"
+        self.static = device.type in self.RECORDS
         columns = -(-columns // 256) * 256 if self.static else columns
         self.model, self.shape = model, (batch, columns, device, dtype)
         self.cache = Cache(model.config, batch, columns, device, dtype, self.static)
