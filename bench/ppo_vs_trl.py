@@ -10,8 +10,10 @@ response to each of the same prompts.
 Proof. TRL takes one step; the sequences that it sampled and its own `logprobs`, `ref_logprobs`, `values`,
 `advantages` (whitened), `returns`, scores and losses are read out of its `train` at the end of that step. Then our
 trainer takes its first step on the same sequences from the same weights. `max_abs_diff` is the largest difference
-of the first four (`differences` has all). With full training the reference is the policy with noise, so that the KL
-in the rewards is not 0; with LoRA it is the base.
+of the first four, in float64 (7B: bfloat16); `max_abs_diff_fp32` in float32, as timed; `differences_*` have all, the
+losses and weights after the update among them. On SmolLM2 float32 itself is the limit: both sides lie about 3e-5 from
+a float64 run, at logits near 40. With full training the reference is the policy with noise, so that the KL in the
+rewards is not 0; with LoRA it is the base.
 
 Timing. ours, trl, ours, trl, ..., each in a process of its own: one step to warm up, then `--steps`. Medians over all
 steps; `ratio` is the median of the ratios pair by pair. Peak RSS is each process's own.
@@ -29,7 +31,9 @@ where we mean over the minibatch (alike at these fixed lengths). Our calibration
 step) is left out as is TRL's start-up, and its mean and deviation are 0 and 1 here.
 """
 
+import argparse
 import contextlib
+import itertools
 import math
 import os
 import statistics
@@ -55,11 +59,17 @@ SETTINGS = dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-5, kl=0.05, gamma=1.0, lam=0.
 
 
 def make_prompts(o, vocabulary):
-    """`batch` different prompts of half to all of the prompt length, random ids."""
+    """`batch` different prompts of half to all of the prompt length: text for smollm2, else random ids."""
     g = torch.Generator().manual_seed(1)
     lengths = torch.randint(o.prompt // 2, o.prompt + 1, (o.batch,), generator=g).tolist()
     lengths[0] = o.prompt
-    return [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in lengths]
+    if o.case != "smollm2":
+        return [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in lengths]
+    from tokenizer import load_tokenizer
+
+    text = (common.ROOT / "data/tiny/prompts.txt").read_text()[: 20 * sum(lengths)]
+    ids = iter(load_tokenizer(common.case_folder(o.case)).encode(text))
+    return [list(itertools.islice(ids, n)) for n in lengths]
 
 
 def export(o, folder):
@@ -75,14 +85,14 @@ def export(o, folder):
         with torch.no_grad():
             g = torch.Generator().manual_seed(2)
             for p in policy.parameters():
-                p.mul_(1 + 0.02 * torch.randn(p.shape, generator=g))
+                p.mul_(1 + 0.005 * torch.randn(p.shape, generator=g))
         policy.save_pretrained(folder / "reference")
 
 
 def load(o, folder, cls, name):
     """Our model of that name, in the case's dtype on its device."""
     if o.case != "mistral-7b-random":
-        return cls.from_pretrained(folder / name, o.device)
+        return cls.from_pretrained(folder / name, o.device, getattr(torch, o.dtype))
     policy = common.load_model(o.case, o.device)
     if cls is Mistral:
         return policy
@@ -202,7 +212,7 @@ def trl_models(o, folder):
         if o.case == "mistral-7b-random":
             ours = load(o, folder, Mistral if name == "policy" else RewardModel, name)
             return common.as_transformers(ours, kind, **({} if name == "policy" else {"num_labels": 1}))
-        return getattr(transformers, kind).from_pretrained(folder / name, dtype=torch.float32)
+        return getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, o.dtype))
 
     language, scalar = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
     policy, value, reward = take("policy", language), take("critic", scalar), take("reward", scalar)
@@ -216,9 +226,23 @@ def trl_models(o, folder):
     return policy, None, value, reward, config()
 
 
+class SamePrompts(torch.utils.data.Dataset):
+    """As many rows as a run takes and one batch more; whichever TRL's shuffle asks for, every batch holds all prompts.
+    The last batch of an epoch is never used: there accelerate would step after every microbatch."""
+
+    def __init__(self, prompts, steps):
+        self.prompts, self.length, self.given = prompts, len(prompts) * (steps + 2), 0
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        self.given += 1
+        return {"input_ids": self.prompts[self.given % len(self.prompts)]}
+
+
 def trl_trainer(o, folder, callback):
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
@@ -272,8 +296,8 @@ def trl_trainer(o, folder, callback):
         ref_model=reference,
         reward_model=reward,
         value_model=value,
-        train_dataset=Dataset.from_dict({"input_ids": make_prompts(o, V)}),
-        eval_dataset=Dataset.from_dict({"input_ids": make_prompts(o, V)}),
+        train_dataset=SamePrompts(make_prompts(o, V), o.steps + 1),
+        eval_dataset=SamePrompts(make_prompts(o, V), 0),  # TRL wants one, and never reads it here
         callbacks=[callback],
         peft_config=lora,
     )
@@ -333,6 +357,7 @@ def options(argv=None):
     p.add_argument("--microbatch", type=common.positive, help="rows read at once, on both sides; default all")
     p.add_argument("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
     p.add_argument("--only", choices=("ours", "trl"), help="time one side alone, without the proof")
+    p.add_argument("--dtype", default="float32", choices=("float32", "float64"), help=argparse.SUPPRESS)
     p.add_argument("--folder", type=Path, help="keep the exported weights here")
     o = common.parse(p, argv)
     o.batch, o.prompt, o.response = (x or y for x, y in zip((o.batch, o.prompt, o.response), CASES[o.case]))
@@ -344,16 +369,26 @@ def options(argv=None):
     return o
 
 
+def prove(o, folder):
+    """The proof, in float32 as timed and in float64, where rounding hides nothing (7B: in bfloat16 alone)."""
+    result = {}
+    small = ("--dtype", "float64", "--microbatch", min(2, o.batch))  # two rows at once: float64 takes twice the memory
+    proofs = {"bf16": ()} if o.case == "mistral-7b-random" else {"fp32": (), "fp64": small}
+    for name, more in proofs.items():
+        common.child("first", "--folder", folder, *more)
+        differences = common.child("same", "--folder", folder, *more)
+        proof = max(differences[n] for n in ("logprobs", "ref_logprobs", "values", "advantages"))
+        result |= {f"max_abs_diff_{name}": proof, f"differences_{name}": differences, "max_abs_diff": proof}
+        print(f"same work, {name}: {proof:.1e}  " + "  ".join(f"{n} {d:.1e}" for n, d in differences.items()))
+    return result
+
+
 def compare(o, folder):
     """Runs the children and puts their answers together."""
     sides = (o.only,) if o.only else ("ours", "trl")
     runs, result = {name: [] for name in sides}, {}
     if not o.only:
-        common.child("first", "--folder", folder)
-        differences = common.child("same", "--folder", folder)
-        proof = max(differences[n] for n in ("logprobs", "ref_logprobs", "values", "advantages"))
-        result = {"max_abs_diff": proof, "differences": differences}
-        print(f"same work: max_abs_diff {proof:.1e}  " + "  ".join(f"{n} {d:.1e}" for n, d in differences.items()))
+        result = prove(o, folder)
     for _ in range(o.repeats):
         for name in sides:
             runs[name].append(common.child(name, "--folder", folder))
