@@ -32,10 +32,10 @@ MARK = "BENCH-ANSWER "  # begins the line in which a child answers
 # ---------------------------------------------------------------- models
 
 
-def random_model(shape, device="cpu", dtype=torch.float32, seed=0):
+def random_model(config, device="cpu", dtype=torch.float32, seed=0):
     """A Mistral of random weights, made on its device and in its dtype: nothing is read or copied."""
     with torch.device("meta"):
-        model = Mistral(Config(**shape))
+        model = Mistral(config)
     model.to(dtype).to_empty(device=device)
     model.tie()
     with torch.no_grad():
@@ -45,13 +45,20 @@ def random_model(shape, device="cpu", dtype=torch.float32, seed=0):
         return initialize(model, torch.Generator(device).manual_seed(seed)).eval()
 
 
+def shape_of(case):
+    """The Config of a case, nothing loaded."""
+    if case == "mistral-7b-random":
+        return Config(sliding_window=4096)
+    if case == "tiny":
+        return Config(**TINY)
+    return Config.from_dict(json.loads(Path(case_folder(case), "config.json").read_text()))
+
+
 def load_model(case, device="cpu", dtype=None):
     """The model of a case: `tiny`, `smollm2` (real weights), `mistral-7b-random`, or any folder."""
     dtype = dtype or (torch.bfloat16 if case == "mistral-7b-random" else torch.float32)
-    if case == "tiny":
-        return random_model(TINY, device, dtype)
-    if case == "mistral-7b-random":
-        return random_model(dict(sliding_window=4096), device, dtype)
+    if case in ("tiny", "mistral-7b-random"):
+        return random_model(shape_of(case), device, dtype)
     return Mistral.from_pretrained(case_folder(case), device, dtype)
 
 

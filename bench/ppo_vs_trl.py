@@ -122,13 +122,8 @@ class Trainer(ppo.PPOTrainer):
         pass
 
 
-def our_trainer(o, folder):
-    """Everything of ours is built here."""
-    actor = load(o, folder, Mistral, "policy")
-    if o.lora_rank:
-        raise NotImplementedError("LoRA: one base, four roles, is not on this branch yet")
-    reference, critic = load(o, folder, Mistral, "reference"), load(o, folder, ScalarModel, "critic")
-    reward = load(o, folder, RewardModel, "reward")
+def build(o, actor, reference, critic, score):
+    """Our trainer on these models; o: batch, microbatch, epochs, response, steps, lora_rank, and `prompts`."""
     options = ppo.PPOOptions(
         batch=o.batch,
         epochs=o.epochs,
@@ -143,12 +138,22 @@ def our_trainer(o, folder):
         gae_lambda=SETTINGS["lam"],
         max_grad_norm=1e9,
     )
-    prompts = [ppo.Prompt(ids, ids) for ids in make_prompts(o, actor.config.vocab_size)]
-    score = lambda contexts, responses: reward.score_rows([c + r for c, r in zip(contexts, responses)])
-    limit = ppo.FixedLimit(o.response)
+    limit, prompts = ppo.FixedLimit(o.response), [ppo.Prompt(ids, ids) for ids in o.prompts]
     trainer = Trainer(actor, reference, critic, prompts, score, limit, options, o.steps + 1, seed=1)
     trainer.schedules = [torch.optim.lr_scheduler.LambdaLR(x, lambda step: 1.0) for x in trainer.optimizers]
     return trainer
+
+
+def our_trainer(o, folder):
+    """Everything of ours is built here and in `build`."""
+    actor = load(o, folder, Mistral, "policy")
+    if o.lora_rank:
+        raise NotImplementedError("LoRA: one base, four roles, is not on this branch yet")
+    reference, critic = load(o, folder, Mistral, "reference"), load(o, folder, ScalarModel, "critic")
+    reward = load(o, folder, RewardModel, "reward")
+    o.prompts = make_prompts(o, actor.config.vocab_size)
+    score = lambda contexts, responses: reward.score_rows([c + r for c, r in zip(contexts, responses)])
+    return build(o, actor, reference, critic, score)
 
 
 def our_steps(o, folder):
