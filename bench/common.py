@@ -105,7 +105,9 @@ def child(name, *more, env=None):
 
     A child that fails raises RuntimeError with the last line of what it said."""
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", name, *map(str, more)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {}))
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
+    )
     answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not answers:
         raise RuntimeError(f"{name}: {last_line(done.stderr) or f'exit status {done.returncode}'}")

@@ -33,6 +33,7 @@ step) is left out as is TRL's start-up, and its mean and deviation are 0 and 1 h
 
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -209,6 +210,18 @@ def same_work(o, folder):
 # ---------------------------------------------------------------- TRL
 
 
+def in_double(model):
+    """transformers' RMSNorm rounds to float32 within, in a float64 model too; here it does not."""
+
+    def norm(module, x):
+        return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm, module)
+    return model
+
+
 def trl_models(o, folder):
     """Policy, reference or None, value model, reward model, as TRL takes them."""
     import transformers
@@ -217,7 +230,8 @@ def trl_models(o, folder):
         if o.case == "mistral-7b-random":
             ours = load(o, folder, Mistral if name == "policy" else RewardModel, name)
             return common.as_transformers(ours, kind, **({} if name == "policy" else {"num_labels": 1}))
-        return getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, o.dtype))
+        model = getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, o.dtype))
+        return in_double(model) if o.dtype == "float64" else model
 
     language, scalar = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
     policy, value, reward = take("policy", language), take("critic", scalar), take("reward", scalar)
@@ -329,7 +343,9 @@ def trl_steps(o, folder):
             first |= {"context_length": v["context_length"], "pad": v["processing_class"].pad_token_id}
             first |= {"policy_loss": v["pg_loss_stats"][0, 0].mean().item(), "kl": v["kl"].sum(1).mean().item()}
             first["value_loss"] = v["vf_loss_stats"][0, 0].mean().item()
-            first["updated"] = {n: p.detach().cpu() for n, p in updated(v["model"].policy, v["model"].value_model.score)}
+            first["updated"] = {
+                n: p.detach().cpu() for n, p in updated(v["model"].policy, v["model"].value_model.score)
+            }
             torch.save(first, folder / "first.pt")
             ends[0] = time.perf_counter()
 

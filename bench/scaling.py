@@ -113,7 +113,11 @@ def plot(result, path):
                 axis.axvline(window, color="grey", linestyle=":")
         axis.set(xlabel="response length", ylabel=label, xscale="log", ylim=(0, None), title="generation")
         axis.legend()
-    places = {"response": (axes[0, 1], "response length"), "batch": (axes[0, 2], "batch"), "size": (axes[1, 1], "weights")}
+    places = {
+        "response": (axes[0, 1], "response length"),
+        "batch": (axes[0, 2], "batch"),
+        "size": (axes[1, 1], "weights"),
+    }
     for name, (axis, label) in places.items():
         rows, key = result.get(name, []), "weights" if name == "size" else name
         for twin, value, unit, mark in ((axis, "seconds", "seconds", "o-"), (axis.twinx(), memory, "GiB", "s--")):
