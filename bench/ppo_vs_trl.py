@@ -49,6 +49,7 @@ import torch
 import ppo
 from model import Mistral, ScalarModel
 from reward import RewardModel
+from weights import Weights
 
 CASES = {  # batch, prompt, response
     "tiny": (16, 32, 64),
@@ -56,6 +57,7 @@ CASES = {  # batch, prompt, response
     "mistral-7b-random": (64, 256, 256),
 }
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SEEDS = {"reward": 0, "critic": 1}  # of the random heads
 SETTINGS = dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-5, kl=0.05, gamma=1.0, lam=0.95, clip=0.2)
 
 
@@ -80,7 +82,7 @@ def export(o, folder):
         return
     policy = common.load_model(o.case)
     policy.save_pretrained(folder / "policy")
-    for name, seed in (("reward", 0), ("critic", 1)):
+    for name, seed in SEEDS.items():
         RewardModel.from_base(folder / "policy", seed=seed).save_pretrained(folder / name)
     if not o.lora_rank:
         with torch.no_grad():
@@ -100,11 +102,17 @@ def load(o, folder, cls, name):
     with torch.device("meta"):
         model = cls(policy.config)
     model.model = policy.model
-    g = torch.Generator(o.device).manual_seed({"reward": 0, "critic": 1}[name])
-    weight = torch.empty(1, policy.config.hidden_size, device=o.device)
-    weight.normal_(0.0, (policy.config.hidden_size + 1) ** -0.5, generator=g)
+    weight = scalar_head(o, folder, name, policy.config.hidden_size)
     model.head.weight = torch.nn.Parameter(weight.to(policy.lm_head.weight.dtype))
     return model.eval()
+
+
+def scalar_head(o, folder, name, size):
+    """The weight (1, C) of the head of critic or reward model: the folder's, or 7B's by its seed."""
+    if o.case != "mistral-7b-random":
+        return Weights(folder / name).read("score.weight").to(o.device)
+    g = torch.Generator(o.device).manual_seed(SEEDS[name])
+    return torch.empty(1, size, device=o.device).normal_(0.0, (size + 1) ** -0.5, generator=g)
 
 
 def updated(policy, head):
@@ -145,13 +153,28 @@ def build(o, actor, reference, critic, score):
     return trainer
 
 
-def our_trainer(o, folder):
-    """Everything of ours is built here and in `build`."""
+def our_models(o, folder):
+    """(actor, reference, critic, reward model) of ours; with LoRA four roles of one base."""
     actor = load(o, folder, Mistral, "policy")
-    if o.lora_rank:
-        raise NotImplementedError("LoRA: one base, four roles, is not on this branch yet")
-    reference, critic = load(o, folder, Mistral, "reference"), load(o, folder, ScalarModel, "critic")
-    reward = load(o, folder, RewardModel, "reward")
+    actor.model.checkpointing = o.checkpointing
+    if not o.lora_rank:
+        critic = load(o, folder, ScalarModel, "critic")
+        critic.model.checkpointing = o.checkpointing
+        return actor, load(o, folder, Mistral, "reference"), critic, load(o, folder, RewardModel, "reward")
+    from model import Adapter
+
+    base, g = actor, torch.Generator(o.device).manual_seed(3)
+    adapter = lambda: Adapter(base.model, o.lora_rank, 2 * o.lora_rank, g)
+    actor, critic, reward = base.sharing(adapter()), ScalarModel.over(base, adapter()), RewardModel.over(base, None)
+    for name, model in (("critic", critic), ("reward", reward)):
+        with torch.no_grad():
+            model.head.weight.copy_(scalar_head(o, folder, name, base.config.hidden_size))
+    return actor, base.sharing(), critic, reward
+
+
+def our_trainer(o, folder):
+    """Everything of ours is built here, in `our_models` and in `build`."""
+    actor, reference, critic, reward = our_models(o, folder)
     o.prompts = make_prompts(o, actor.config.vocab_size)
     score = lambda contexts, responses: reward.score_rows([c + r for c, r in zip(contexts, responses)])
     return build(o, actor, reference, critic, score)
@@ -181,11 +204,11 @@ def same_work(o, folder):
         seen.update(scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs)
         return original(scores, logprobs, ref_logprobs, *more)
 
-    def update(batch, advantages, returns, values):
+    def update(batch, advantages, returns, values, *more):
         columns = zip(batch.tokens[:, : batch.prompt_columns].tolist(), batch.mask[:, : batch.prompt_columns].tolist())
         seen["order"] = [rows[tuple(t for t, real in zip(*pair) if real)] for pair in columns]
         seen.update(advantages=advantages, returns=returns, values=values)
-        return metrics.update(Trainer.update(trainer, batch, advantages, returns, values)) or metrics
+        return metrics.update(Trainer.update(trainer, batch, advantages, returns, values, *more)) or metrics
 
     metrics, original = {}, ppo.compute_rewards
     with contextlib.ExitStack() as stack:
@@ -431,13 +454,13 @@ def main():
     o = options()
     if o.child:
         o.steps *= o.child != "first"
-        work = {"ours": our_steps, "trl": trl_steps, "first": trl_steps, "same": same_work}[o.child]
+        work = {"ours": our_steps, "trl": trl_steps, "first": trl_steps, "same": same_work, "export": export}[o.child]
         return common.answer(work(o, o.folder))
     with tempfile.TemporaryDirectory() as scratch:
         folder = o.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        export(o, folder)
         try:
+            common.child("export", "--folder", folder)  # this process stays small
             result = compare(o, folder)
         except RuntimeError as error:
             sys.exit(f"ppo_vs_trl {o.case}: {error}")

@@ -37,9 +37,9 @@ def our_step(o):
     """Everything of ours is built here: a function that takes one step."""
     model = common.load_model(o.case, o.device)
     if o.lora_rank:
-        from model import add_adapters
+        from model import Adapter
 
-        add_adapters(model, o.lora_rank, 2 * o.lora_rank)
+        model = model.sharing(Adapter(model.model, o.lora_rank, 2 * o.lora_rank))
     examples = [(ids, [True] * len(ids)) for ids in documents(o, model.config.vocab_size)]
     return sft.Trainer(model, examples, 100000, 1e-6, o.rows * o.length).step
 
