@@ -182,6 +182,7 @@ def our_trainer(o, folder):
 
 def our_steps(o, folder):
     trainer, times = our_trainer(o, folder), []
+    common.reset_peak(o.device)
     for _ in range(o.steps + 1):
         times.append(common.seconds(trainer.step, o.device))
     return {"seconds": times[1:], **common.memory(o.device)}
@@ -258,6 +259,9 @@ def trl_models(o, folder):
 
     language, scalar = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
     policy, value, reward = take("policy", language), take("critic", scalar), take("reward", scalar)
+    if o.checkpointing:  # TRL's PPO reads the option of its config and leaves it at that
+        for model in (policy, value):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if not o.lora_rank:
         return policy, take("reference", language), value, reward, None
     import peft
@@ -373,7 +377,9 @@ def trl_steps(o, folder):
             ends[0] = time.perf_counter()
 
     with contextlib.redirect_stdout(sys.stderr):
-        trl_trainer(o, folder, Watch()).train()
+        trainer = trl_trainer(o, folder, Watch())
+        common.reset_peak(o.device)
+        trainer.train()
     return {"seconds": [b - a for a, b in zip(ends, ends[1:])], **common.memory(o.device)}
 
 
