@@ -229,6 +229,12 @@ def positive(text):
     return int(text)
 
 
+def natural(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def parse(p, argv=None):
     """The options, checked; threads set. What cannot run here ends with one line and status 2."""
     o = p.parse_args(argv)

@@ -398,9 +398,11 @@ def side(o, runs):
 def options(argv=None):
     p = common.parser(__doc__, tuple(CASES))
     p.add_argument("--epochs", type=common.positive, default=1)
-    p.add_argument("--lora-rank", type=int, default=0, help="0: full training, with a separate reference")
+    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: full training, with a separate reference")
     p.add_argument("--steps", type=common.positive, default=5, help="steps timed in each run")
-    p.add_argument("--repeats", type=int, default=3, help="pairs of runs; 0 proves the same work and times nothing")
+    p.add_argument(
+        "--repeats", type=common.natural, default=3, help="pairs of runs; 0 proves the same work and times nothing"
+    )
     p.add_argument("--batch", type=common.positive, help="instead of the case's")
     p.add_argument("--prompt", type=common.positive, help="instead of the case's")
     p.add_argument("--response", type=common.positive, help="instead of the case's")

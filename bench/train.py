@@ -87,7 +87,7 @@ def options(argv=None):
     p = common.parser(__doc__, ("tiny", "smollm2", "mistral-7b-random"), folder=True)
     p.add_argument("--length", type=common.positive, help="tokens of a row (CPU 256, GPU 2048)")
     p.add_argument("--rows", type=common.positive, help="rows a step (tiny 32, else 4)")
-    p.add_argument("--lora-rank", type=int, default=0, help="0: all weights are trained")
+    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: all weights are trained")
     p.add_argument("--steps", type=common.positive, default=3, help="steps timed in each run")
     p.add_argument("--repeats", type=common.positive, default=3)
     p.add_argument("--sides", nargs="+", default=["ours", "transformers", "fused"],
