@@ -30,9 +30,10 @@ from tqdm import tqdm
 import evaluation
 import merge
 import ppo
+import results
 import reward
 import sft
-from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
 from model import Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
 from tokenizer import TEMPLATES, load_tokenizer
@@ -64,7 +65,11 @@ class Options(ppo.PPOOptions):
     prompts: str = option("", "prompts of PPO, a file or folder")
     instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
     models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+")
-    tasks: list = option((), "general tasks of eval, each NAME=FILE (default: the tiny world's)", nargs="+")
+    tasks: list = option((), "tasks of eval, each NAME, NAME=FILE or all (default: all)", nargs="+")
+    benchmarks: str = option("", "folder of public benchmarks, whose tasks eval then asks in place of the tiny world's")
+    limit: int = option(0, "items eval takes of each task (default: all)", least=0)
+    shots: int = option(-1, "solved examples in front of each item (default: as the task asks for)", least=-1)
+    samples: int = option(4, "continuations a prompt, where eval measures toxicity", least=1)
     steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
     seed: int = option(0, "everything random comes from it", least=0, most=2**62)
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -584,15 +589,39 @@ def named(pairs, name):
     return dict(pair.partition("=")[::2] for pair in pairs)
 
 
+def chosen_tasks(o):
+    """{task: items} of --tasks: public ones below --benchmarks, or the tiny world's, or files of the user's own."""
+    if o.benchmarks:
+        known = {name: o.benchmarks for name in benchmarks.TASKS if benchmarks.find(name, o.benchmarks)}
+    else:
+        known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS} if o.preset == "tiny" else {}
+    chosen = {}
+    for task in o.tasks or ["all"]:
+        name, given, file = task.partition("=")
+        if given and not (name and file):
+            raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
+        if not file and name != "all" and name not in known:
+            raise InputError(f"--tasks: {name} given, one of {', '.join(known) or 'none (--benchmarks)'} expected")
+        chosen |= {name: file} if file else known if name == "all" else {name: known[name]}
+    if not chosen:
+        raise InputError("--benchmarks: a folder with public benchmarks is needed by this stage with this preset")
+    shots = None if o.shots < 0 else o.shots
+    return {name: benchmarks.load(name, source, o.limit, shots) for name, source in chosen.items()}
+
+
 def evaluate_models(run):
-    """Every model of the run, or of --models, on the same questions: results.json and results.md."""
+    """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and what was
+    said and chosen in examples.json and items.jsonl."""
     o = run.o
     models = named(o.models, "models")
     models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
-    files = named(o.tasks, "tasks") or {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-    material = dict(questions=world.load("questions.jsonl"), check=world.check, toxicity=world.load("toxicity.jsonl"))
-    material |= dict(bad_words=world.BAD_WORDS, tasks={name: evaluation.read_task(f) for name, f in files.items()})
-    results, examples = {}, {}
+    material = evaluation.Material(tasks=chosen_tasks(o))
+    material.max_new_tokens, material.samples, material.seed = o.max_new_tokens, o.samples, o.seed
+    if o.preset == "tiny" and not o.benchmarks:
+        limit = o.limit or None
+        material.questions, material.check = world.load("questions.jsonl")[:limit], world.check
+        material.prompts, material.words = benchmarks.first(world.load("toxicity.jsonl"), limit), world.BAD_WORDS
+    measured, records = {}, {}
     bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
     for name, folder in bar:
         bar.set_postfix_str(name)
@@ -600,11 +629,14 @@ def evaluate_models(run):
         # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
         own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
         acts = dict(system=own.get("system_prompt", ""), eos=own.get("eos", True))
-        material |= dict(score=reward_scorer(run, tokenizer), max_new_tokens=o.max_new_tokens, seed=o.seed)
-        *results[name], examples[name] = evaluation.evaluate(model, tokenizer, **material, **acts)
+        score = reward_scorer(run, tokenizer)
+        measured[name], records[name] = evaluation.evaluate(model, tokenizer, material, score=score, **acts)
     run.start()
-    print(evaluation.write_results(run.folder, results))
-    write_json(run.folder / "examples.json", examples)
+    print(results.write_results(run.folder, measured))
+    results.draw_results(run.folder / "results.png", read_json(run.folder / "results.json"))
+    write_json(run.folder / "examples.json", {m: r.get("questions", [])[4:480:60] for m, r in records.items()})
+    rows = [{"model": m, **row} for m, r in records.items() for row in r["tasks"]]
+    world.write_lines(run.folder / "items.jsonl", rows)
 
 
 def report(run):
@@ -612,7 +644,7 @@ def report(run):
     paths = [run.folder / "results.json", run.folder / "sweep.json"]
     found = [read_json(path) if path.exists() else {} for path in paths]
     run.folder.mkdir(parents=True, exist_ok=True)
-    evaluation.draw_report(run.folder / "report.png", run.metrics(), *found)
+    results.draw_report(run.folder / "report.png", run.metrics(), *found)
     print(run.folder / "report.png")
 
 

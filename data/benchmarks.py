@@ -331,12 +331,20 @@ def load(name, source, limit=0, shots=None):
     read = task.read if task else foundry(own=True)
     groups = [group for path in paths for group in read(path)]
     count = shots if shots is not None else task.shots if task else 0
-    items = sorted(
-        (item for group in groups for item in with_shots(group, count)), key=lambda item: item["index"]
-    )  # a stable sort: the first of every subject, then the second
+    items = [item for group in groups for item in with_shots(group, count)]
     if not items:
         raise InputError(f"{source}: no items")
-    return items[:limit] if limit else items
+    return first(items, limit)
+
+
+def first(items, limit):
+    """The first `limit` items, taken in turn from their groups (0 or None: all)."""
+    seen, places = {}, []
+    for item in items:
+        places.append(seen.setdefault(item["group"], 0))
+        seen[item["group"]] += 1
+    order = sorted(range(len(items)), key=places.__getitem__)  # stable: the first of every group, then the second
+    return [items[i] for i in order[: limit or None]]
 
 
 def with_shots(group, count):
