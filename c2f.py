@@ -34,6 +34,7 @@ import results
 import reward
 import sft
 from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from hf_tokenizer import companions
 from model import Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
 from tokenizer import TEMPLATES, load_tokenizer
@@ -292,9 +293,7 @@ class Run:
         """The stage's model folder, with the tokenizer's files and the template that it was trained with."""
         c = model.config
         c.bos_token_id, c.eos_token_id, c.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        model.save_pretrained(self.target, tokenizer.files)
-        path = self.target / "tokenizer_config.json"
-        write_json(path, (read_json(path) if path.exists() else {}) | {"template": tokenizer.template.name})
+        model.save_pretrained(self.target, companions(tokenizer))
 
 
 def required(value, flag):

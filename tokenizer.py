@@ -269,7 +269,8 @@ class _Tekken:
             self.controls |= {token["token_str"]: token["rank"] for token in special}
             # The file holds more tokens than the model was trained with: the vocabulary ends at default_vocab_size.
             self.pieces = [base64.b64decode(t["token_bytes"]) for t in raw["vocab"][:self.vocab_size - self.offset]]
-            self.split = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
+            self.pattern = config["pattern"]
+            self.split = pre_tokenizers.Split(Regex(self.pattern), "isolated")
         except Exception as error:  # KeyError and its like, binascii.Error, and Regex's bare Exception
             raise InputError(f"{path}: expected Mistral's tekken format ({error!r})") from error
         if len(self.pieces) + self.offset != self.vocab_size:
@@ -325,10 +326,12 @@ class Tokenizer:
     bos_id (None where the family has none), eos_id, pad_id, vocab_size: ints. template: a `Template`.
     plain_bos: whether BOS goes before plain text by the folder's own settings; `encode` leaves that to its caller.
     stop_strings: text that ends an assistant turn beside EOS. controls: {control token: id}.
-    files: the paths that a saved model folder must carry along.
+    files: the paths that a saved model folder must carry along. own_template: the family of the folder's own chat
+    template, or None.
     """
 
     def __init__(self, folder: Path, backend, metadata: dict, template: Template):
+        self.own_template = _family(_chat_template(folder, metadata))
         self.backend, self.template = backend, template
         self.vocab_size, self.controls = backend.vocab_size, backend.controls
         self.files = [folder / name for name in SOURCES + COMPANIONS if (folder / name).is_file()]

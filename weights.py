@@ -258,7 +258,7 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     """Writes a model folder in Hugging Face form.
 
     `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of
-    `shard_bytes` is full; `files` are copied beside (the tokenizer's, as they came).
+    `shard_bytes` is full; `files` stand beside them (the tokenizer's): paths to copy, or (name, text) pairs.
     """
     with replacing(folder) as temporary:
         shards, shard, size = [], {}, 0
@@ -273,10 +273,15 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
         del shard
         _name_shards(temporary, shards)
         write_json(temporary / "config.json", config)
+        for path in temporary.glob("*.safetensors"):
+            shutil.copymode(temporary / "config.json", path)  # safetensors lets nobody but the owner read
         ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
         write_json(temporary / "generation_config.json", ids)
         for file in files:
-            shutil.copy(file, temporary / Path(file).name)
+            if isinstance(file, tuple):
+                (temporary / file[0]).write_text(file[1], encoding="utf-8")
+            else:
+                shutil.copyfile(file, temporary / Path(file).name)
 
 
 def _write_shard(folder, number, shard):

@@ -1036,7 +1036,7 @@ def test_fixed_and_stepped_limits():
 @pytest.mark.parametrize("growth, limits", [("fixed", [10] * 6), ("stepped", [10, 14, 14, 18, 18, 20]),
                                             ("cm", [10, 10, 15, 15, 15, 20])])
 def test_options_choose_the_limit(growth, limits):
-    options = dict(limit_growth=growth, limit=10, limit_maximum=20, limit_factor=1.5, limit_window=3, limit_step=4,
+    options = dict(limit_growth=growth, length_limit=10, limit_maximum=20, limit_factor=1.5, limit_window=3, limit_step=4,
                    limit_every=2)
     assert feed(c2f.make_limit(c2f.resolve(options, "coarse")), [CALM] * 6) == limits
     never = c2f.make_limit(c2f.resolve({**options, "limit_bias": -99.0}, "coarse"))

@@ -1,0 +1,116 @@
+"""The folders that stages leave, opened by the programs that people use: transformers (tokenizer, pipeline,
+classifier), lm-evaluation-harness, mergekit."""
+
+import shutil
+
+import pytest
+import torch
+
+import c2f
+from data import read_preferences, world
+from evaluation import loglikelihoods
+from merge import merge_checkpoints
+from model import Mistral, generate
+from reward import RewardModel
+from tokenizer import load_tokenizer
+from weights import Weights
+
+BASE = world.TINY / "base"
+CHAT = [
+    {"role": "user", "content": "Start at 2. Triple. Take 7. What is the total?"},
+    {"role": "assistant", "content": "It is 9."},
+    {"role": "user", "content": "At first Cal gray Eve blue. Cal and Eve swap. What has Cal?"},
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    few = "--steps 2 --batch-pairs 4 --batch-tokens 512 --test-pairs 4 --threads 1".split()
+    for stage in "sft", "reward":
+        assert c2f.main(["--stage", stage, "--out", str(out), *few]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def sft(run):
+    return Mistral.from_pretrained(run / "sft"), load_tokenizer(run / "sft")
+
+
+def test_auto_tokenizer(run, sft):
+    transformers = pytest.importorskip("transformers")
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(run / "sft"), sft[1]
+    for text in (CHAT[0]["content"], "\n\nHuman: Hi.\n\nAssistant: It is 9.", "", "naïve 42\n\n"):
+        assert theirs(text).input_ids == ours.encode(text, bos=True)
+    assert list(theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)) == ours.encode_chat(
+        CHAT
+    )
+
+
+def test_pipeline(run, sft):
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = sft
+    pipe = transformers.pipeline("text-generation", model=str(run / "sft"), dtype=torch.float32)
+    said = pipe(CHAT, do_sample=False, max_new_tokens=24)[0]["generated_text"][-1]["content"]
+    ids = generate(model, [tokenizer.encode_chat(CHAT)], 24, temperature=0, eos_id=tokenizer.eos_id)[0]
+    assert said == tokenizer.decode(ids) and len(ids) > 4
+
+
+def test_lm_eval(run, sft):
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed").HFLM
+    from lm_eval.api.instance import Instance
+
+    pairs = [(f"Question: what follows {n}?\nAnswer:", f" It is {n + 1}.") for n in range(12)] + [
+        ("\n\nHuman: Hi.", " x")
+    ]
+    theirs = HFLM(pretrained=str(run / "sft"), device="cpu", dtype="float32", batch_size=4).loglikelihood(
+        [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True
+    )
+    torch.testing.assert_close(loglikelihoods(*sft, pairs), torch.tensor([ll for ll, _ in theirs]), rtol=0, atol=1e-4)
+
+
+def test_mergekit_reads_both_and_merges_to_the_same(run, tmp_path):
+    pytest.importorskip("mergekit", reason="not installed; its pins exclude ours: pip install --no-deps mergekit, and immutables scipy")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    merge_checkpoints(run / "sft", BASE, tmp_path / "ours", 0.7)
+    parts = [{"model": str(f), "parameters": {"weight": w}} for f, w in ((run / "sft", 0.7), (BASE, 0.3))]
+    config = {"merge_method": "linear", "models": parts, "dtype": "float32", "parameters": {"normalize": False}}
+    run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "theirs"), MergeOptions(quiet=True))
+    ours, theirs = Weights(tmp_path / "ours"), Weights(tmp_path / "theirs")
+    assert len(ours.names) > 30 and set(ours.names) == set(theirs.names)
+    for name in ours.names:
+        torch.testing.assert_close(theirs.read(name), ours.read(name), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_reward_folder_classifies_text(run):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(run / "reward", dtype=torch.float32).eval()
+    text = transformers.AutoTokenizer.from_pretrained(run / "reward")
+    ours = RewardModel.from_pretrained(run / "reward")
+    dialogues = [p + c for p, c, _ in list(read_preferences(world.TINY / "preferences"))[:12]]
+    expected = torch.cat([theirs(**text(d, return_tensors="pt")).logits[:, 0] for d in dialogues])
+    tokenizer = load_tokenizer(run / "reward")
+    scores = ours.score_rows([tokenizer.encode(d, bos=True) for d in dialogues])
+    torch.testing.assert_close(scores, expected, rtol=0, atol=1e-4)
+    assert scores.std() > 1e-2
+
+
+def test_a_folder_of_mistrals_own_form_leaves_as_hugging_face_form(tmp_path):
+    """A SentencePiece model alone beside the weights, as Mistral distributes it."""
+    transformers = pytest.importorskip("transformers")
+    peer = pytest.importorskip("mistral_common")
+    source = tmp_path / "in"
+    shutil.copytree(BASE, source, ignore=lambda *_: ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
+    (source / "tokenizer.model").unlink()
+    shutil.copy(f"{peer.__path__[0]}/data/tokenizer.model.v1", source / "tokenizer.model.v1")
+    run = c2f.Run(c2f.resolve({"out": str(tmp_path / "run"), "stage": "sft"}, "sft"), "sft")
+    run.save(Mistral.from_pretrained(source), load_tokenizer(source))
+    saved = tmp_path / "run" / "sft"
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    turns = [CHAT[0], {"role": "assistant", "content": "It is 9."}, CHAT[2]]
+    ids = list(theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    assert ids == load_tokenizer(source).encode_chat(turns) == load_tokenizer(saved).encode_chat(turns)
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1  # whoever may read one may read all

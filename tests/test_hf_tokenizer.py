@@ -1,0 +1,90 @@
+"""Folders that we save open in transformers' AutoTokenizer, mistral-common's files included, and give our ids."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from test_tokenizer import BUNDLED, make_dialogues, make_texts, mismatches
+
+from data.world import TINY
+from hf_tokenizer import companions
+from tokenizer import load_tokenizer
+
+transformers = pytest.importorskip("transformers", reason="the other reader is transformers")
+
+
+@pytest.fixture(scope="module", params=["tiny", *BUNDLED])
+def both(request, tmp_path_factory):
+    """(ours, AutoTokenizer's of the folder that ours writes, that folder)."""
+    source, folder = TINY, tmp_path_factory.mktemp(f"from-{request.param}")
+    if request.param != "tiny":
+        peer = pytest.importorskip("mistral_common", reason="mistral-common brings the official tokenizer files")
+        bundled, name = BUNDLED[request.param]
+        source = tmp_path_factory.mktemp(request.param)
+        shutil.copy(Path(peer.__file__).parent / "data" / bundled, source / name)
+    ours = load_tokenizer(source)
+    write(companions(ours), folder)
+    # The source's own files stay out: transformers prefers them, where it has the libraries that they need.
+    for file in ours.files:
+        if file.name != "tokenizer_config.json":
+            (folder / file.name).unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    return ours, transformers.AutoTokenizer.from_pretrained(folder), folder
+
+
+def write(files, folder):
+    for file in files:
+        if isinstance(file, tuple):
+            (folder / file[0]).write_text(file[1], encoding="utf-8")
+        else:
+            shutil.copy(file, folder / file.name)
+
+
+def clean(texts, tokenizer):
+    """Without those that spell a control token or a byte, which transformers reads as such, and we do not."""
+    return [t for t in texts if not any(name in t for name in [*tokenizer.controls, "<0x"])]
+
+
+def test_ids_and_text(both):
+    ours, theirs, _ = both
+    texts = clean(make_texts(1500), ours)
+    assert len(texts) > 1000
+    assert mismatches(lambda t: ours.encode(t, bos=True), lambda t: theirs(t).input_ids, texts) == []
+    runs = ["a" * 37, "=" * 1000, "ab" * 50 + " " * 9 + "\n" * 5, "1234567890" * 9, "aaa aaaa\n\n\n\naaaaa", "é́́́́" * 9]
+    assert mismatches(lambda t: ours.encode(t, bos=True), lambda t: theirs(t).input_ids, runs) == []
+    theirs_back = lambda t: theirs.decode(ours.encode(t), skip_special_tokens=True)  # noqa: E731
+    assert mismatches(lambda t: ours.decode(ours.encode(t)), theirs_back, texts) == []
+
+
+def test_special_ids(both):
+    ours, theirs, _ = both
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert len(theirs) == ours.vocab_size
+
+
+@pytest.mark.parametrize("prompt", [True, False], ids=["to answer", "whole"])
+def test_chat(both, prompt):
+    ours, theirs, _ = both
+    dialogues = make_dialogues(150, ends=["user"] if prompt else ["assistant"])
+    dialogues = [d for d in dialogues if clean(["".join(m["content"] for m in d)], ours)]
+    assert len(dialogues) > 60
+    render = dict(add_generation_prompt=prompt, return_dict=False)
+    assert (
+        mismatches(
+            lambda d: ours.encode_chat(d, prompt), lambda d: list(theirs.apply_chat_template(d, **render)), dialogues
+        )
+        == []
+    )
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml", "zephyr", "plain", "llama2", "mistral"])
+def test_another_template_than_the_folders_is_written_with_it(template, tmp_path):
+    ours = load_tokenizer(TINY, template)
+    write(companions(ours), tmp_path)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    dialogues = [d for d in make_dialogues(100, ends=["user"]) if clean(["".join(m["content"] for m in d)], ours)]
+    assert again.template.name == template
+    assert mismatches(ours.encode_chat, again.encode_chat, dialogues) == []
+    rendered = lambda d: list(theirs.apply_chat_template(d, add_generation_prompt=True, return_dict=False))  # noqa: E731
+    assert mismatches(ours.encode_chat, rendered, dialogues) == []
