@@ -17,7 +17,6 @@ Prompts, shots and metrics are those of the tasks of the same names in lm-evalua
 import bz2
 import csv
 import io
-import itertools
 import json
 import re
 import zipfile
@@ -54,22 +53,32 @@ class Group:
 # ---------------------------------------------------------------- from files to groups
 
 
-def objects(path):
-    """(where, object) for each line of a JSON-lines file."""
+FAULTS = (KeyError, TypeError, ValueError, AttributeError, IndexError, OSError, zipfile.BadZipFile)
+
+
+def each_row(path, make):
+    """[make(row)] of the lines of a JSON or CSV file, as checked items; InputError names the line of the first fault."""
+    items = []
     for where, row in _rows(Path(path)):
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: expected a JSON object")
-        yield where, row
+        try:
+            items.append(checked(make(row)))
+        except FAULTS as e:
+            said = str(e) if isinstance(e, InputError) else repr(e)
+            raise InputError(f"{where}: not a row of {Path(path).name}'s form ({said})") from None
+    return items
 
 
-def choice_item(where, context, choices, gold, **more):
-    """A checked item."""
-    if not isinstance(context, str) or not isinstance(choices, list) or not isinstance(gold, int):
-        raise InputError(f"{where}: expected a text, a list of choices and the number of the right one")
-    choices = [str(c) for c in choices]
-    if not 0 <= gold < len(choices) or not all(c.strip() for c in choices):
-        raise InputError(f"{where}: expected gold from 0 to {len(choices) - 1} and no empty choice")
-    return {"context": context, "choices": choices, "gold": gold, **more}
+def checked(item):
+    """The item, if it can be asked."""
+    choices = item.get("contexts") or item.get("choices")
+    if choices is not None:
+        if not isinstance(choices, list) or not all(str(c).strip() for c in choices):
+            raise InputError("expected a list of choices, none empty")
+        if not isinstance(item["gold"], int) or not 0 <= item["gold"] < len(choices):
+            raise InputError(f"expected gold from 0 to {len(choices) - 1}")
+    if not all(isinstance(item.get(key, ""), str) for key in ("context", "continuation", "answer")):
+        raise InputError("expected text")
+    return item
 
 
 def foundry(rewrite=None, own=False):
@@ -77,26 +86,19 @@ def foundry(rewrite=None, own=False):
     `rewrite(query, choices)` -> (context, choices) turns its prompt into the harness's. In files of one's `own` no
     space is put between query and choice where either brings one."""
 
-    def read(path):
-        items = []
-        for where, row in objects(path):
-            try:
-                if "context_options" in row:
-                    item = choice_item(where, "", row["context_options"], row["gold"])
-                    item = {"contexts": item["choices"], "continuation": row["continuation"], "gold": row["gold"]}
-                else:
-                    context, choices = row["query"], row["choices"]
-                    if rewrite:
-                        context, choices = rewrite(context, choices)
-                    item = choice_item(where, context, choices, row["gold"])
-                if own and any(before[-1:].isspace() or after[1:2].isspace() for before, after in pairs(item)):
-                    item["delimiter"] = ""
-                items.append(item)
-            except (KeyError, TypeError, AttributeError) as e:
-                raise InputError(f"{where}: expected an object with query, choices and gold ({e!r})") from None
-        return [Group(Path(path).name.split(".")[0], items)]
+    def make(row):
+        if "context_options" in row:
+            item = {"contexts": row["context_options"], "continuation": row["continuation"], "gold": row["gold"]}
+        else:
+            context, choices = row["query"], row["choices"]
+            context, choices = rewrite(context, choices) if rewrite else (context, choices)
+            choices = [str(c) for c in choices] if isinstance(choices, list) else None
+            item = {"context": context, "choices": choices, "gold": row["gold"]}
+        if own and any(before[-1:].isspace() or after[1:2].isspace() for before, after in pairs(item)):
+            item["delimiter"] = ""
+        return item
 
-    return read
+    return lambda path: [Group(Path(path).name.split(".")[0], each_row(path, make))]
 
 
 def with_answer(query, choices):
@@ -112,53 +114,48 @@ def commonsenseqa(query, choices):
 
 
 def siqa(query, choices):
-    """Context: C\\nQuestion: Q\\nChoices:\\nA. X\\nB. Y\\nAnswer: -> the harness's question, X and Y themselves."""
-    context, question, *answers = re.fullmatch(
-        r"Context: (.*)\nQuestion: (.*)\nChoices:\nA\. (.*)\nB\. (.*)\nAnswer:", query, re.DOTALL
-    ).groups()
+    """Context: C / Question: Q / Choices: / A. X / B. Y / Answer: -> the harness's question, X and Y themselves."""
+    form = r"Context: (.*)\nQuestion: (.*)\nChoices:\nA\. (.*)\nB\. (.*)\nAnswer:"
+    context, question, *answers = re.fullmatch(form, query, re.DOTALL).groups()
     return f"Q: {context} {question}\nA:", answers
 
 
 def mmlu(path):
     """The zip of the original csv files: 57 subjects, five questions each in dev."""
     groups = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in sorted(n for n in archive.namelist() if n.endswith("_test.csv")):
-                subject = name.rpartition("/")[2].removesuffix("_test.csv")
-                items = _mmlu_items(archive, name)
-                shots = _mmlu_items(archive, name.replace("test/", "dev/").replace("_test", "_dev"))
-                words = subject.replace("_", " ")
-                about = f"The following are multiple choice questions (with answers) about {words}.\n\n"
-                groups.append(Group(subject, items, shots, about))
-    except (zipfile.BadZipFile, KeyError) as e:
-        raise InputError(f"{path}: expected MMLU's zip, data/test/SUBJECT_test.csv and dev beside ({e})") from None
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(n for n in archive.namelist() if n.endswith("_test.csv")):
+            subject = name.rpartition("/")[2].removesuffix("_test.csv")
+            items = _mmlu_items(archive, name)
+            shots = _mmlu_items(archive, name.replace("test/", "dev/").replace("_test", "_dev"))
+            about = subject.replace("_", " ")
+            about = f"The following are multiple choice questions (with answers) about {about}.\n\n"
+            groups.append(Group(subject, items, shots, about))
     return groups
 
 
 def _mmlu_items(archive, name):
     items = []
     with io.TextIOWrapper(archive.open(name), "utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            if len(row) != 6 or row[5] not in "ABCD":
-                raise InputError(f"{name}:{number}: expected question, A, B, C, D and the answer's letter")
-            lettered = "".join(f"\n{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
-            context = f"{row[0].strip()}{lettered}\nAnswer:"
-            items.append({"context": context, "choices": list("ABCD"), "gold": "ABCD".index(row[5])})
+        for question, *answers, letter in csv.reader(file):
+            lettered = "".join(f"\n{label}. {text}" for label, text in zip("ABCD", answers, strict=True))
+            context = f"{question.strip()}{lettered}\nAnswer:"
+            items.append({"context": context, "choices": list("ABCD"), "gold": "ABCD".index(letter)})
     return items
 
 
 def agieval(path):
     """Zero-shot prompt of AGIEval's own dataset_loader; the options are the choices."""
-    items = []
-    for where, row in objects(path):
-        if not row.get("options"):
-            return []  # math: no options
-        last = "ABCDEFG"[len(row["options"]) - 1]
-        ask = f"{row['passage'] or ''}Q: {row['question']} Answer Choices: {' '.join(row['options'])}\n"
-        context = ask + f"A: Among A through {last}, the answer is"
-        items.append(choice_item(where, context, row["options"], "ABCDEFG".index(row["label"])))
-    return [Group(Path(path).stem, items)]
+
+    def make(row):
+        options = row["options"]
+        if not options:
+            return {}  # math.jsonl
+        ask = f"{row['passage'] or ''}Q: {row['question']} Answer Choices: {' '.join(options)}\n"
+        context = ask + f"A: Among A through {'ABCDEFG'[len(options) - 1]}, the answer is"
+        return {"context": context, "choices": options, "gold": "ABCDEFG".index(row["label"])}
+
+    return [Group(Path(path).stem, [item for item in each_row(path, make) if item])]
 
 
 BBH_GENERATED = ("dyck_languages", "multistep_arithmetic_two", "word_sorting")  # any text may be the answer
@@ -174,8 +171,7 @@ def bbh(path):
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
     prompt = (path.parent.parent / "cot-prompts" / f"{path.stem}.txt").read_text(encoding="utf-8")
     description, *shots = re.split(r"\n\nQ: ", prompt.partition("-----\n")[2])
-    worked = [re.fullmatch(r"(.*?)\nA: Let's think.*[Ss]o the answer is (.*?)\.?\s*", s, re.DOTALL) for s in shots]
-    pairs = [m.groups() for m in worked]
+    worked = r"(.*?)\nA: Let's think.*[Ss]o the answer is (.*?)\.?\s*"
     letters = {e["target"] for e in examples if re.fullmatch(r"\([A-Z]\)", e["target"])}
     if letters:
         last = BBH_LAST.get(path.stem, max(letters)[1])
@@ -186,33 +182,29 @@ def bbh(path):
         choices = sorted({e["target"] for e in examples})
     make = lambda text, target: {"context": f"Q: {text}\nA:", "choices": choices, "gold": choices.index(target)}
     items = [make(e["input"], e["target"]) for e in examples if e["target"] in choices]
-    return [Group(path.stem, items, [make(*p) for p in pairs], description.strip())]
+    shots = [make(*re.fullmatch(worked, shot, re.DOTALL).groups()) for shot in shots]
+    return [Group(path.stem, items, shots, description.strip())]
 
 
 def hellaswag(path):
     """Six lines an item: "activity: context", the number of the right ending, four endings."""
     lines = bz2.decompress(Path(path).read_bytes()).decode().splitlines()
-    if len(lines) % 6:
-        raise InputError(f"{path}: expected six lines an item, found {len(lines)} lines")
     items = []
     for at in range(0, len(lines), 6):
         context, gold, *endings = lines[at : at + 6]
-        if not gold.strip().isdigit():
-            raise InputError(f"{path}:{at + 2}: expected the number of the right ending")
-        items.append(choice_item(f"{path}:{at + 1}", context.strip(), [e.strip() for e in endings], int(gold)))
+        choices = [ending.strip() for ending in endings]
+        items.append(checked({"context": context.strip(), "choices": choices, "gold": int(gold)}))
     return [Group("hellaswag", items)]
 
 
 def piqa(path):
-    labels = [line for _, line in _lines(Path(path).with_name("valid-labels.lst"))]
-    items = []
-    for (where, row), label in itertools.zip_longest(objects(path), labels, fillvalue=(path, None)):
-        try:
-            context = f"Question: {row['goal']}\nAnswer:"
-            items.append(choice_item(where, context, [row["sol1"], row["sol2"]], int(label)))
-        except (KeyError, TypeError, ValueError) as e:
-            raise InputError(f"{where}: expected goal, sol1, sol2 and a line of valid-labels.lst ({e!r})") from None
-    return [Group("piqa", items)]
+    labels = iter([int(line) for _, line in _lines(Path(path).with_name("valid-labels.lst"))])
+
+    def make(row):
+        context = f"Question: {row['goal']}\nAnswer:"
+        return {"context": context, "choices": [row["sol1"], row["sol2"]], "gold": next(labels, None)}
+
+    return [Group("piqa", each_row(path, make))]
 
 
 TRUTHFULQA_PROMPT = """\
@@ -239,25 +231,23 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 
 def truthfulqa(path):
     """mc1 from the authors' csv: the best answer against the incorrect ones, each closed by a full stop."""
-    items = []
-    for where, row in _rows(Path(path)):
-        try:
-            wrong = [answer.strip() for answer in row["Incorrect Answers"].split(";")]
-            answers = [row["Best Answer"].strip(), *filter(None, wrong)]
-            context = f"{TRUTHFULQA_PROMPT}Q: {row['Question']}\nA:"
-        except (KeyError, AttributeError) as e:
-            raise InputError(f"{where}: expected the columns of TruthfulQA.csv ({e!r})") from None
-        items.append(choice_item(where, context, [a if a.endswith(".") else a + "." for a in answers], 0))
-    return [Group("truthfulqa", items)]
+
+    def make(row):
+        answers = [row["Best Answer"].strip(), *(a.strip() for a in row["Incorrect Answers"].split(";") if a.strip())]
+        choices = [a if a.endswith(".") else a + "." for a in answers]
+        return {"context": f"{TRUTHFULQA_PROMPT}Q: {row['Question']}\nA:", "choices": choices, "gold": 0}
+
+    return [Group("truthfulqa", each_row(path, make))]
 
 
 def gsm8k(path):
-    items = []
-    for where, row in objects(path):
-        if not isinstance(row.get("answer"), str) or "####" not in row["answer"]:
-            raise InputError(f"{where}: expected a question and an answer that ends with #### and a number")
-        items.append({"context": f"Question: {row['question']}\nAnswer:", "answer": row["answer"]})
-    return [Group("gsm8k", [item | {"until": ("Question:", "</s>", "<|im_end|>")} for item in items])]
+    def make(row):
+        if "####" not in row["answer"]:
+            raise InputError("expected an answer that ends with #### and a number")
+        context = f"Question: {row['question']}\nAnswer:"
+        return {"context": context, "answer": row["answer"], "until": ("Question:", "</s>", "<|im_end|>")}
+
+    return [Group("gsm8k", each_row(path, make))]
 
 
 # ---------------------------------------------------------------- the table
@@ -329,7 +319,12 @@ def load(name, source, limit=0, shots=None):
         if not paths:
             raise InputError(f"--tasks: {name} needs {task.files} in {source}, and there is none")
     read = task.read if task else foundry(own=True)
-    groups = [group for path in paths for group in read(path)]
+    groups = []
+    for path in paths:
+        try:
+            groups += read(path)
+        except FAULTS as e:
+            raise e if isinstance(e, InputError) else InputError(f"{path}: not in {name}'s form ({e!r})") from None
     count = shots if shots is not None else task.shots if task else 0
     items = [item for group in groups for item in with_shots(group, count)]
     if not items:
