@@ -38,13 +38,15 @@ def wilson(successes, n, z=1.959964):
 
 def interval(values, resamples=1000, seed=0):
     """(mean, [low, high]) of per-item values: Wilson's 95% interval where all are True or False, else the bootstrap's."""
-    mean, n = sum(values) / len(values), len(values)
+    n = len(values)
     if all(isinstance(v, bool) for v in values):
-        return mean, wilson(sum(values), n)
-    values = torch.tensor(values, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
-    return values.mean().item(), [means.quantile(0.025).item(), means.quantile(0.975).item()]
+        mean, (low, high) = sum(values) / n, wilson(sum(values), n)
+    else:
+        values = torch.tensor(values, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
+        mean, low, high = values.mean().item(), means.quantile(0.025).item(), means.quantile(0.975).item()
+    return mean, [min(low, mean), max(high, mean)]  # rounding aside, they are in this order
 
 
 def difference(a, b, draws=10000, seed=0):
@@ -74,8 +76,7 @@ def write_results(folder, measured):
     tables of it in results.md, which are returned. `measured`: {model: {metric: [a value an item]}}; rewards are
     shifted so that the first model's mean is 0."""
     first = next(iter(measured.values()))
-    rewards = first.get("reward", [0.0])
-    base = sum(rewards) / len(rewards)
+    base = interval(first.get("reward", [0.0]))[0]
     flat = {}
     for model, metrics in measured.items():
         flat[model] = {}
