@@ -33,7 +33,9 @@ import ppo
 import results
 import reward
 import sft
+import toxicity
 from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from dialogues import judge_models
 from hf_tokenizer import companions
 from model import Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
@@ -71,6 +73,8 @@ class Options(ppo.PPOOptions):
     limit: int = option(0, "items eval takes of each task (default: all)", least=0)
     shots: int = option(-1, "solved examples in front of each item (default: as the task asks for)", least=-1)
     samples: int = option(4, "continuations a prompt, where eval measures toxicity", least=1)
+    judge: str = option("", "module:function that judges MT-Bench: prompts of FastChat -> a score or its words each")
+    toxicity_words: str = option("", "the listed words, one a line (default: LDNOOBW of --benchmarks)")
     steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
     seed: int = option(0, "everything random comes from it", least=0, most=2**62)
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -460,18 +464,18 @@ def make_limit(o):
     )  # fmt: skip
 
 
-def reward_scorer(run, tokenizer):
+def reward_scorer(run, tokenizer=None):
     """score(dialogues, responses) -> raw scores (B,) of the reward model, or None where there is none.
 
     A response is an id list of `tokenizer`, and is read as it was sampled; a reward model with another tokenizer
-    gets its text. System prompts are left out: the reward model was trained without.
+    gets its text, as of responses that are texts. System prompts are left out: the reward model was trained without.
     """
     o = run.o
     folder = Path(o.reward_model or run.folder / "reward")
     if not o.reward_model and not (folder / "config.json").exists():
         return None
     model, own = reward.RewardModel.from_pretrained(folder, o.device, run.dtype), run.tokenizer(folder)
-    shared = own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
+    shared = tokenizer is not None and own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
 
     def score(dialogues, responses):
         rows = []
@@ -480,8 +484,10 @@ def reward_scorer(run, tokenizer):
             if shared:
                 rows.append(own.encode_chat(messages) + response)
             else:
-                ids, _ = reward.encode_pair(own, messages, tokenizer.decode(response), "", o.max_length)
-                rows.append(ids + [own.eos_id] * (response[-1:] == [tokenizer.eos_id]))
+                stored = isinstance(response, str)
+                text = response if stored else tokenizer.decode(response)
+                ids, _ = reward.encode_pair(own, messages, text, "", o.max_length)
+                rows.append(ids + [own.eos_id] * (stored or response[-1:] == [tokenizer.eos_id]))
         return model.score_rows(rows)
 
     return score
@@ -494,14 +500,19 @@ class Dialogue(str):
     response: str
 
 
-def text_score(name, flag, tokenizer, eos):
-    """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
+def imported(name, flag):
+    """The function of `module:function`."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        call = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError(f"{flag}: {name} is not a module:function that can be imported ({e})") from None
+
+
+def text_score(name, flag, tokenizer, eos):
+    """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
+    call = imported(name, flag)
 
     def score(contexts, responses):
         texts = []
@@ -588,42 +599,48 @@ def named(pairs, name):
     return dict(pair.partition("=")[::2] for pair in pairs)
 
 
-def chosen_tasks(o):
-    """{task: items} of --tasks: public ones below --benchmarks, or the tiny world's, or files of the user's own."""
-    if o.benchmarks:
-        known = {name: o.benchmarks for name in benchmarks.TASKS if benchmarks.find(name, o.benchmarks)}
+def what_is_asked(o):
+    """The material of --tasks: public tasks below --benchmarks, or the tiny world's, or files of the user's own."""
+    material = evaluation.Material(samples=o.samples, max_new_tokens=o.max_new_tokens, seed=o.seed)
+    tiny = o.preset == "tiny" and not o.benchmarks
+    if tiny:
+        known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+        material.questions, material.check = world.load("questions.jsonl")[: o.limit or None], world.check
+        material.prompts = benchmarks.first(world.load("toxicity.jsonl"), o.limit)
     else:
-        known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS} if o.preset == "tiny" else {}
+        known = evaluation.public_tasks(o.benchmarks)
     chosen = {}
     for task in o.tasks or ["all"]:
         name, given, file = task.partition("=")
         if given and not (name and file):
             raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
         if not file and name != "all" and name not in known:
-            raise InputError(f"--tasks: {name} given, one of {', '.join(known) or 'none (--benchmarks)'} expected")
+            raise InputError(
+                f"--tasks: {name} given, all or one of {', '.join(known) or 'none'} expected (--benchmarks)"
+            )
         chosen |= {name: file} if file else known if name == "all" else {name: known[name]}
     if not chosen:
-        raise InputError("--benchmarks: a folder with public benchmarks is needed by this stage with this preset")
-    shots = None if o.shots < 0 else o.shots
-    return {name: benchmarks.load(name, source, o.limit, shots) for name, source in chosen.items()}
+        raise InputError(f"--benchmarks: {o.benchmarks or 'no folder'} given, one with public benchmarks expected")
+    evaluation.load_tasks(material, chosen, o.limit, None if o.shots < 0 else o.shots)
+    words = o.toxicity_words or (world.TINY / "bad_words.txt" if tiny else Path(o.benchmarks) / "toxicity/ldnoobw/en")
+    material.words = toxicity.read_words(words) if material.prompts else []
+    return material
 
 
 def evaluate_models(run):
     """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and what was
-    said and chosen in examples.json and items.jsonl."""
+    said and chosen in examples.json, items.jsonl and mt_bench/."""
     o = run.o
     models = named(o.models, "models")
     models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
-    material = evaluation.Material(tasks=chosen_tasks(o))
-    material.max_new_tokens, material.samples, material.seed = o.max_new_tokens, o.samples, o.seed
-    if o.preset == "tiny" and not o.benchmarks:
-        limit = o.limit or None
-        material.questions, material.check = world.load("questions.jsonl")[:limit], world.check
-        material.prompts, material.words = benchmarks.first(world.load("toxicity.jsonl"), limit), world.BAD_WORDS
+    material, judge = what_is_asked(o), imported(o.judge, "--judge") if o.judge else None
     measured, records = {}, {}
     bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
     for name, folder in bar:
         bar.set_postfix_str(name)
+        if str(folder).endswith(".jsonl"):
+            measured[name], records[name] = evaluation.evaluate_stored(folder, material, reward_scorer(run))
+            continue
         tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
         # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
         own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
@@ -631,10 +648,15 @@ def evaluate_models(run):
         score = reward_scorer(run, tokenizer)
         measured[name], records[name] = evaluation.evaluate(model, tokenizer, material, score=score, **acts)
     run.start()
+    if material.dialogues:
+        of = lambda key: {name: r[key] for name, r in records.items() if key in r}
+        more = dict(judge=judge, templates=evaluation.judge_prompts(o.benchmarks))
+        found = judge_models(run.folder / "mt_bench", material.dialogues, of("answers"), of("rewards"), **more)
+        measured = {name: values | found[name] for name, values in measured.items()}
     print(results.write_results(run.folder, measured))
     results.draw_results(run.folder / "results.png", read_json(run.folder / "results.json"))
     write_json(run.folder / "examples.json", {m: r.get("questions", [])[4:480:60] for m, r in records.items()})
-    rows = [{"model": m, **row} for m, r in records.items() for row in r["tasks"]]
+    rows = [{"model": m, **row} for m, r in records.items() for row in r.get("tasks", [])]
     world.write_lines(run.folder / "items.jsonl", rows)
 
 

@@ -24,13 +24,14 @@ import re
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import toxicity
 from data import benchmarks
-from dialogues import quality, redundancy, respond  # noqa: F401 (evaluation is where others look for them)
+from dialogues import converse, for_judge, quality, read_answers, read_questions, redundancy, respond  # noqa: F401
 from model import Cache, by_length, generate, pad_left, pad_right
 from weights import InputError
 
@@ -232,18 +233,22 @@ def _holds(left, right):
 # ---------------------------------------------------------------- one model
 
 
+MT_BENCH = "mt_bench/question.jsonl"
+
+
 @dataclass
 class Material:
     """What every model is asked; what is empty is not measured.
 
     questions: {"prompt", "steps", "answer", "kind"}, judged by `check(steps, answer, text)` -> (steps, right).
-    tasks: {name: items of data/benchmarks.py}. prompts: {"prompt", "group"}, for toxicity by the words of `words`;
+    tasks: {name: items of data/benchmarks.py}. dialogues: MT-Bench's questions. prompts: {"prompt", "group"}, for toxicity by the words of `words`;
     `samples` continuations each.
     """
 
     questions: list = field(default_factory=list)
     check: Callable | None = None
     tasks: dict = field(default_factory=dict)
+    dialogues: list = field(default_factory=list)
     prompts: list = field(default_factory=list)
     words: list = field(default_factory=list)
     samples: int = 4
@@ -251,9 +256,35 @@ class Material:
     seed: int = 0
 
 
+def public_tasks(folder):
+    """{task: folder} of everything whose files are below the benchmarks folder."""
+    names = [name for name in benchmarks.TASKS if folder and benchmarks.find(name, folder)]
+    names += ["mt_bench"] * bool(folder and (Path(folder) / MT_BENCH).exists())
+    names += ["toxicity"] * bool(folder and any(any(Path(folder).glob(f)) for f, _, _ in toxicity.FILES.values()))
+    return {name: folder for name in names}
+
+
+def load_tasks(material, chosen, limit=0, shots=None):
+    """Puts the chosen tasks {name: folder or file} into the material."""
+    for name, source in chosen.items():
+        if name == "mt_bench":
+            path = Path(source) / MT_BENCH if Path(source).is_dir() else source
+            material.dialogues = benchmarks.first(read_questions(path), limit)
+        elif name == "toxicity":
+            material.prompts = toxicity.read_prompts(source, limit)
+        else:
+            material.tasks[name] = benchmarks.load(name, source, limit, shots)
+
+
+def judge_prompts(folder):
+    """FastChat's file of judge prompts in the benchmarks folder, or None."""
+    path = Path(folder or ".") / "mt_bench/judge_prompts.jsonl"
+    return path if folder and path.exists() else None
+
+
 def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
     """One model: ({metric: [a value an item]}, records). `records` are what was said and how the choices were scored:
-    {"questions": [...], "tasks": [...]}, a dict each.
+    {"questions": [...], "tasks": [...]}, a dict each, and what `dialogues.judge_models` wants of MT-Bench.
 
     score(dialogues, responses) -> raw scores. With `system` and `eos` a model is asked as it acts: the coarse actor
     has its system prompt and no EOS.
@@ -264,8 +295,19 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
     if material.questions:
         found, records["questions"] = answer_questions(model, tokenizer, material, ask, score, eos)
         values |= found
+    if material.dialogues:
+        turns = converse(model, tokenizer, material.dialogues, material.max_new_tokens, front=front, eos=eos,
+                         seed=material.seed)  # fmt: skip
+        flat = [answer for answers in turns for answer in answers]
+        records["answers"] = [[tokenizer.decode(ids) for ids, _ in answers] for answers in turns]
+        found = form([t for texts in records["answers"] for t in texts], flat)
+        if score is not None:
+            asked = [t.messages for t in for_judge(material.dialogues, records["answers"])]
+            records["rewards"] = score(asked, [ids + [tokenizer.eos_id] * ended for ids, ended in flat]).tolist()
+            found["reward"] = records["rewards"]
+        values = found | values
     if material.prompts:
-        values |= toxicity.sampled(model, tokenizer, material, ask, eos)
+        values |= toxicity.measure(model, tokenizer, material, ask, eos)
     choices = {name: items for name, items in material.tasks.items() if "answer" not in items[0]}
     written = {name: items for name, items in material.tasks.items() if name not in choices}
     judged = general_tasks(model, tokenizer, choices)
@@ -279,6 +321,19 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
         found, more = solve(name, items, generated(model, tokenizer, items))
         values |= {metric: v for metric, v in found.items() if metric not in values}
         records["tasks"] += more
+    return values, records
+
+
+def evaluate_stored(path, material, score=None):
+    """`evaluate` of answers to MT-Bench that are there already, in FastChat's form; score(dialogues, texts)."""
+    stored = read_answers(path)
+    records = {"answers": [stored.get(q["question_id"], [])[: len(q["turns"])] for q in material.dialogues]}
+    judged = for_judge(material.dialogues, records["answers"])
+    if not judged:
+        raise InputError(f"{path}: it answers none of the {len(material.dialogues)} questions of mt_bench (--tasks)")
+    values = quality([t.answer for t in judged])
+    if score is not None:
+        records["rewards"] = values["reward"] = score([t.messages for t in judged], [t.answer for t in judged]).tolist()
     return values, records
 
 
