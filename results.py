@@ -88,7 +88,9 @@ def write_results(folder, measured):
             if p is not None:
                 flat[model][f"{name}_p"] = p
     write_json(Path(folder) / "results.json", flat)
-    counts = {name: len(values) for metrics in measured.values() for name, values in metrics.items()}
+    counts = {}  # of the first model that has the metric; stored answers may have fewer
+    for metrics in measured.values():
+        counts = {name: len(values) for name, values in metrics.items()} | counts
     text = table(flat) + "\n" + details(flat, counts)
     (Path(folder) / "results.md").write_text(text, encoding="utf-8")
     return text

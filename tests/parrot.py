@@ -20,6 +20,12 @@ class Parrot(nn.Module):
         self.device = torch.device("cpu")
 
     def model(self, tokens, mask=None, cache=None):
+        if cache is None:  # read, not asked: each row ends with the script
+            hidden = torch.zeros(*tokens.shape, self.lm_head.in_features)
+            for row, real in enumerate(mask.sum(1).tolist()):
+                for k, word in enumerate(self.script):
+                    hidden[row, real - len(self.script) - 1 + k, word] = 60.0
+            return hidden
         cache.said = getattr(cache, "said", -1) + 1
         if cache.said == 0:
             self.asked += [t[m].tolist() for t, m in zip(tokens, mask)]

@@ -1,5 +1,6 @@
 """evaluation.py: log-likelihoods against transformers, everything else on a model that says what it is told to."""
 
+import json
 import math
 import random
 
@@ -396,3 +397,57 @@ def test_general_tasks_stand_beside_the_questions_and_in_the_records(folder, tok
     assert [(r["task"], r["index"], r["gold"], len(r["loglikelihoods"])) for r in records["tasks"]] == [
         ("mine", n, 1, 2) for n in range(3)
     ]
+
+
+# ---------------------------------------------------------------- MT-Bench, and what --tasks names
+
+MT_QUESTIONS = [{"question_id": n, "category": "math", "turns": ["One?", "Two?"], "references": None} for n in range(3)]
+
+
+def test_mt_bench_gives_form_and_reward_of_every_turn(tokenizer):
+    length = len(tokenizer.encode("It is so."))
+    score = lambda dialogues, responses: torch.tensor(
+        [float(len(d)) if r[-1] == tokenizer.eos_id else 0.0 for d, r in zip(dialogues, responses)]
+    )
+    given = dict(dialogues=MT_QUESTIONS, questions=[], prompts=[])
+    values, records = evaluated(parrot(tokenizer, "It is so."), tokenizer, score=score, **given)
+    assert (
+        records["answers"] == [["It is so."] * 2] * 3 and records["rewards"] == [1, 3] * 3
+    )  # user; user, answer, user
+    assert values["reward"] == 2 and values["length"] == length + 1 and values["ended_rate"] == 1
+    values, records = evaluated(parrot(tokenizer, "It is so."), tokenizer, dialogues=MT_QUESTIONS)
+    assert (
+        values["accuracy"] == 0 and "reward" not in values and len(records["answers"]) == 3
+    )  # beside a world's questions
+
+
+def test_stored_answers_are_measured_as_far_as_they_can_be(tmp_path):
+    rows = [{"question_id": n, "choices": [{"index": 0, "turns": ["So. So.", "Done."]}]} for n in (2, 7)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    material = evaluation.Material(dialogues=MT_QUESTIONS)
+    score = lambda dialogues, texts: torch.tensor([float(len(d) + len(t)) for d, t in zip(dialogues, texts)])
+    values, records = evaluation.evaluate_stored(tmp_path / "a.jsonl", material, score)
+    assert records["answers"] == [[], [], ["So. So.", "Done."]]
+    assert values["redundancy"] == [0.5, 0.0] and values["reward"] == records["rewards"] == [1 + 7, 3 + 5]
+    assert "length" not in values
+    material.dialogues = MT_QUESTIONS[:2]
+    with pytest.raises(InputError, match=r"a\.jsonl: it answers none of the 2 questions"):
+        evaluation.evaluate_stored(tmp_path / "a.jsonl", material)
+
+
+def test_what_a_benchmarks_folder_has(tmp_path):
+    assert evaluation.public_tasks("") == evaluation.public_tasks(tmp_path) == {}
+    for name, row in {
+        "piqa/valid.jsonl": {},
+        "mt_bench/question.jsonl": {"question_id": 1, "category": "math", "turns": ["Hi"]},
+        "openbookqa/openbook_qa.jsonl": {"query": "q", "choices": ["a", "b"], "gold": 0},
+    }.items():
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    assert list(evaluation.public_tasks(tmp_path)) == ["piqa", "openbookqa", "mt_bench", "toxicity"]
+    material = evaluation.Material()
+    evaluation.load_tasks(material, {"openbookqa": tmp_path, "mt_bench": tmp_path, "toxicity": tmp_path})
+    assert list(material.tasks) == ["openbookqa"] and material.dialogues[0]["turns"] == ["Hi"]
+    assert material.prompts == [{"prompt": "Hi", "group": "benign"}]  # MT-Bench's questions are the harmless prompts
+    evaluation.load_tasks(material, {"mt_bench": tmp_path / "mt_bench/question.jsonl"}, limit=1)
+    assert len(material.dialogues) == 1
