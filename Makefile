@@ -1,4 +1,4 @@
-# make run: the whole pipeline on the bundled world.  make test: the tests.  make bench: decoding beside transformers.
+# make run: the whole pipeline on the bundled world.  make test: the tests.  make bench: measured beside peers.
 PYTHON ?= python3
 VENV = .venv/bin/python
 
@@ -21,7 +21,13 @@ test-real: .venv/ready-dev
 	$(VENV) -m pip install -q -r requirements-dev.txt
 	touch $@
 
+# the CPU rows of bench/README.md, beside TRL and transformers: about half an hour
+THREADS ?= 1
 bench: .venv/ready-dev
-	$(VENV) bench/generate.py --json bench-generate.json
+	$(VENV) bench/table.py --run cpu --threads $(THREADS)
 
-.PHONY: run test test-real bench
+# the GPU rows, with the torch, transformers, trl and peft that are there
+bench-gpu:
+	$(PYTHON) bench/table.py --run gpu
+
+.PHONY: run test test-real bench bench-gpu

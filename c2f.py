@@ -37,7 +37,7 @@ import toxicity
 from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
 from dialogues import judge_models
 from hf_tokenizer import companions
-from model import Config, Mistral, ScalarModel, fill, initialize
+from model import Adapter, Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
 from tokenizer import TEMPLATES, load_tokenizer
 from weights import InputError, locate, read_json, write_json
@@ -85,6 +85,9 @@ class Options(ppo.PPOOptions):
     overwrite: bool = option(False, "do a stage again whose folder has work in it")
     resume: bool = option(False, "keep the finished stages of --out and go on with the rest")
     debug: bool = option(False, "show the traceback of an error")
+    lora_rank: int = option(0, "rank of adapters over one frozen copy of the base; 0 trains whole copies", least=0)
+    lora_alpha: float = option(0.0, "an adapter's change is multiplied by alpha / rank (default: 2 * rank)", least=0)
+    checkpointing: bool = option(False, "compute activations again in the backward pass: slower, far less memory")
     train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft", least=0)
     batch_pairs: int = option(32, "preference pairs a step of reward", least=1)
     batch_tokens: int = option(8192, "tokens a step of pretrain and sft", least=1)
@@ -346,6 +349,9 @@ def train_sft(run):
         for m in read_instructions(required(o.instructions, "--instructions"))
     ]
     model = Mistral.from_pretrained(base, o.device, run.dtype)
+    model.model.checkpointing = o.checkpointing
+    if o.lora_rank:
+        model = model.sharing(Adapter(model.model, *lora(o), torch.Generator(o.device).manual_seed(o.seed)))
     trainer = sft.Trainer(model, [r for r in rows if any(r[1])], o.steps, o.train_lr, o.batch_tokens, o.seed)
     run.start()
     run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
@@ -367,7 +373,8 @@ def train_reward(run):
     if not train or not test:
         parts = f"{len(train)} to train on and {len(test)} to test on"
         raise InputError(f"--preferences: {len(rows)} pairs leave {parts}; more are needed")
-    model = reward.RewardModel.from_base(base, o.device, run.dtype, o.seed)
+    model = reward.RewardModel.from_base(base, o.device, run.dtype, o.seed, *lora(o))
+    model.trunk.checkpointing = o.checkpointing
     trainer = reward.Trainer(model, train, o.steps, o.train_lr, o.batch_pairs, tokenizer.eos_id, o.seed)
     run.start()
     run.loop(trainer.step, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
@@ -384,10 +391,10 @@ def train_ppo(run):
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
     prompts = ppo_prompts(o, tokenizer)
-    score = text_score(o.score, "--score", tokenizer, o.eos) if o.score else reward_score(run, tokenizer)
+    actor, reference, critic = roles(run, base)
+    over = reference if o.lora_rank else None
+    score = text_score(o.score, "--score", tokenizer, o.eos) if o.score else reward_score(run, tokenizer, over)
     second = text_score(o.second_score, "--second-score", tokenizer, o.eos) if o.second_score else None
-    actor, reference = (Mistral.from_pretrained(base, o.device, run.dtype) for _ in range(2))
-    critic = ScalarModel.from_base(base, o.device, run.dtype)
     endings = dict(eos_id=tokenizer.eos_id, stop=tokenizer.stop) if o.eos else dict(forbid=(tokenizer.eos_id,))
 
     def describe(responses):
@@ -417,9 +424,28 @@ def train_ppo(run):
     run.save(actor, tokenizer)
 
 
-def reward_score(run, tokenizer):
+def roles(run, folder):
+    """(actor, reference, critic): three copies of the base, or with --lora-rank one frozen copy under two adapters."""
+    o = run.o
+    base = Mistral.from_pretrained(folder, o.device, run.dtype)
+    base.model.checkpointing = o.checkpointing
+    if not o.lora_rank:
+        critic = ScalarModel.from_base(folder, o.device, run.dtype)
+        critic.model.checkpointing = o.checkpointing
+        return base, Mistral.from_pretrained(folder, o.device, run.dtype), critic
+    of_actor, of_critic = (
+        Adapter(base.model, *lora(o), torch.Generator(o.device).manual_seed(o.seed + i)) for i in (0, 1)
+    )
+    return base.sharing(of_actor), base.sharing(), ScalarModel.over(base, of_critic)
+
+
+def lora(o):
+    return o.lora_rank, o.lora_alpha or 2 * o.lora_rank
+
+
+def reward_score(run, tokenizer, over=None):
     """PPO's score function from the stage's reward model."""
-    scorer = reward_scorer(run, tokenizer)
+    scorer = reward_scorer(run, tokenizer, over)
 
     def whole(response):
         """A turn that ended with a stop string has ended: the reward model knows an ending as EOS."""
@@ -464,17 +490,20 @@ def make_limit(o):
     )  # fmt: skip
 
 
-def reward_scorer(run, tokenizer=None):
+def reward_scorer(run, tokenizer=None, over=None):
     """score(dialogues, responses) -> raw scores (B,) of the reward model, or None where there is none.
 
     A response is an id list of `tokenizer`, and is read as it was sampled; a reward model with another tokenizer
     gets its text, as of responses that are texts. System prompts are left out: the reward model was trained without.
+    Where it is an adapter of the base that `over` holds in memory, it takes no second copy.
     """
     o = run.o
     folder = Path(o.reward_model or run.folder / "reward")
     if not o.reward_model and not (folder / "config.json").exists():
         return None
-    model, own = reward.RewardModel.from_pretrained(folder, o.device, run.dtype), run.tokenizer(folder)
+    model = reward.RewardModel.adapted(folder, over) if over else None
+    model = model or reward.RewardModel.from_pretrained(folder, o.device, run.dtype)
+    own = run.tokenizer(folder)
     shared = tokenizer is not None and own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
 
     def score(dialogues, responses):

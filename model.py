@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from weights import InputError, Weights, locate, save_folder
 
@@ -87,55 +88,83 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and sin (B, 1, T, D/2) in fp32 of each position's angle for each pair of dimensions."""
+    """cos and signed sin (B, 1, T, D) in fp32 of each position's angle for each pair of dimensions (i, i + D/2)."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (i, i + D/2) of x (B, H, T, D) by their angles."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turns the pairs (a, b) = (i, i + D/2) of x (B, H, T, D) by their angles: (a cos - b sin, b cos + a sin)."""
+    y = x.float()
+    return torch.addcmul(y * cos, y.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
-def linear(inputs, outputs):
-    return nn.Linear(inputs, outputs, bias=False)
+class Linear(nn.Linear):
+    """W x, and with an adapter on W x + scale B A x."""
+
+    low_rank = None  # (A (r, inputs), B (outputs, r), scale) of the `Adapter` that is on
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        y = F.linear(x, self.weight)
+        if self.low_rank is None:
+            return y
+        A, B, scale = self.low_rank
+        return y + F.linear(F.linear(x, A) * scale, B)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.q_proj = linear(c.hidden_size, self.heads * self.head_dim)
-        self.k_proj = linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.v_proj = linear(c.hidden_size, self.kv_heads * self.head_dim)
-        self.o_proj = linear(self.heads * self.head_dim, c.hidden_size)
+        self.window = c.sliding_window
+        self.q_proj = Linear(c.hidden_size, self.heads * self.head_dim)
+        self.k_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim)
+        self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size)
 
     def forward(self, x, cos, sin, mask, store=None):
-        """x (B, T, C); mask (B or 1, 1, T, S) True where a query sees a key, or None for plain causal;
-        `store` takes the new keys and values to the cache and gives back all that the queries may see."""
+        """x (B, T, C); mask (B or 1, 1, T, S) True where a query sees a key, or None for plain causal within the
+        window; `store` takes the new keys and values to the cache and gives back all that the queries may see."""
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.heads, self.head_dim).transpose(1, 2), cos, sin)  # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2), cos, sin)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        H, G, D = self.heads, self.kv_heads, self.head_dim
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D).transpose(1, 2)
+        q, k = rotate(qk, cos, sin).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, D)
         if T == 1:  # the queries that share a key head see the same keys: let them be its rows, and no key is copied
-            y = F.scaled_dot_product_attention(q.view(B, self.kv_heads, -1, self.head_dim), k, v, mask)
+            y = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, mask).view(B, H, 1, D)
+        elif mask is None and self.window is not None and T > self.window:
+            y = banded(q, k, v, self.window)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-            )
-        return self.o_proj(y.reshape(B, self.heads, T, self.head_dim).transpose(1, 2).reshape(B, T, -1))
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != G)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+def banded(q, k, v, window):
+    """Causal attention within a window shorter than T, in blocks of `window` queries beside the keys of their own
+    and the block before: T * 2 window scores instead of T * T."""
+    T, out = q.shape[2], []
+    columns = torch.arange(T, device=q.device)
+    for start in range(0, T, window):
+        first, end = max(0, start - window + 1), min(start + window, T)
+        mask = visible(columns[start:end], columns[first:end], None, window)
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        out.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, mask, enable_gqa=True))
+    return torch.cat(out, 2)
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -178,57 +207,90 @@ class Cache:
     Column c lies in slot c % size. With size 4, after 6 columns the slots hold columns 4 5 2 3; the next
     one, 6, takes the slot of 2, which has just left the window. Rotated keys carry their positions, so
     the order of the slots does not matter to attention.
+
+    With `static` a decoding step touches nothing but tensors that stay where they are, and reads the whole buffer
+    under its mask: what a CUDA graph can replay. Without, it reads the slots that are filled.
     """
 
-    def __init__(self, config, batch, columns, device, dtype):
+    def __init__(self, config, batch, columns, device, dtype, static=False):
         self.size = min(columns, config.sliding_window or columns)
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.size, config.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.mask = torch.zeros(
-            batch, self.size, dtype=torch.bool, device=device
-        )  # (B, size): the slot holds a real token
-        self.columns = 0  # columns seen
-        self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # (B,): real tokens seen
+        self.mask = torch.zeros(batch, self.size, dtype=torch.bool, device=device)  # the slot holds a real token
+        self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # real tokens seen
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # columns seen, for static steps
+        self.static, self.batch = static, batch
+        self.reset()
+
+    def reset(self):
+        """Empty again, with all its rows."""
+        self.columns, self.rows = 0, self.batch
+        for state in (self.mask, self.positions, self.column):
+            state.zero_()
 
     def plan(self, mask, window):
-        """For T new columns with `mask` (B, T): their positions (B, T), the attention mask, and a function
-        `store(layer)(k, v)` that keeps the new keys and returns all that may be seen."""
-        T = mask.shape[1]
+        """For new columns with `mask` (rows, T), or one all real where it is None: their positions (rows, T), the
+        attention mask, and a function `store(layer, k, v)` that keeps the new keys and returns all that may be seen."""
+        if mask is not None:
+            return self._prefill(mask, window)
+        positions = self.positions[: self.rows, None].clone()
+        self.positions[: self.rows] += 1
+        return positions, *(self._static_step() if self.static else self._step())
+
+    def _step(self):
+        n, slot, filled = self.rows, self.columns % self.size, min(self.columns + 1, self.size)
+        self.mask[:n, slot] = True
+        self.columns += 1
+
+        def store(layer, k, v):
+            keys, values = self.keys[layer, :n], self.values[layer, :n]
+            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
+            return keys[:, :, :filled], values[:, :, :filled]
+
+        return self.mask[:n, None, None, :filled], store
+
+    def _static_step(self):
+        n, slot = self.rows, self.column % self.size
+        self.mask[:n].index_fill_(1, slot, True)
+        self.column += 1
+
+        def store(layer, k, v):
+            keys, values = self.keys[layer, :n], self.values[layer, :n]
+            return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
+
+        return self.mask[:n, None, None], store
+
+    def _prefill(self, mask, window):
+        """Several columns: read what was there beside the new, then keep the last `size`."""
+        n, T = mask.shape
         device, old = mask.device, min(self.columns, self.size)
-        positions = (self.positions[:, None] + mask.cumsum(1) - 1).clamp_min(0)
+        positions = (self.positions[:n, None] + mask.cumsum(1) - 1).clamp_min(0)
         new = torch.arange(self.columns, self.columns + T, device=device)
-        if T == 1:  # decoding: write the slot, read the buffer
-            slot, filled = self.columns % self.size, min(self.columns + 1, self.size)
-            self.mask[:, slot] = mask[:, 0]
-            seen = self.mask[:, None, None, :filled]
+        slots = torch.arange(old, device=device)
+        last = self.columns - 1  # slot s holds the newest column that is s modulo size
+        held = last - (last - slots) % self.size if old else slots
+        seen = visible(new, torch.cat((held, new)), torch.cat((self.mask[:n, :old], mask), 1), window)
+        kept = new[-self.size :]
+        self.mask[:n, kept % self.size] = mask[:, -self.size :]
 
-            def store(layer, k, v):
-                self.keys[layer, :, :, slot], self.values[layer, :, :, slot] = k[:, :, 0], v[:, :, 0]
-                return self.keys[layer, :, :, :filled], self.values[layer, :, :, :filled]
-        else:  # several columns: read what was there beside the new, then keep the last `size`
-            slots = torch.arange(old, device=device)
-            last = self.columns - 1  # slot s holds the newest column that is s modulo size
-            held = last - (last - slots) % self.size if old else slots
-            seen = visible(new, torch.cat((held, new)), torch.cat((self.mask[:, :old], mask), 1), window)
-            kept = new[-self.size :]
-            self.mask[:, kept % self.size] = mask[:, -self.size :]
-
-            def store(layer, k, v):
-                both = [
-                    torch.cat((buffer[layer, :, :, :old], x), 2) for buffer, x in ((self.keys, k), (self.values, v))
-                ]
-                self.keys[layer, :, :, kept % self.size] = k[:, :, -self.size :]
-                self.values[layer, :, :, kept % self.size] = v[:, :, -self.size :]
-                return both
+        def store(layer, k, v):
+            buffers = self.keys[layer, :n], self.values[layer, :n]
+            both = [torch.cat((buffer[:, :, :old], x), 2) for buffer, x in zip(buffers, (k, v))]
+            for buffer, x in zip(buffers, (k, v)):
+                buffer[:, :, kept % self.size] = x[:, :, -self.size :]
+            return both
 
         self.columns += T
-        self.positions = self.positions + mask.sum(1)
+        self.column.fill_(self.columns)
+        self.positions[:n] += mask.sum(1)
         return positions, seen, store
 
     def keep(self, rows):
-        """Drops the sequences that are not in `rows` (a tensor of indices)."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self.mask, self.positions = self.mask[rows], self.positions[rows]
+        """Drops the sequences that are not in `rows` (a tensor of indices, ascending); those move up."""
+        n = self.rows = len(rows)
+        for layer in range(len(self.keys)):  # one at a time: the copy is not to be as large as the cache
+            self.keys[layer, :n], self.values[layer, :n] = self.keys[layer, rows], self.values[layer, rows]
+        self.mask[:n], self.positions[:n] = self.mask[rows], self.positions[rows]
 
 
 class Trunk(nn.Module):
@@ -240,26 +302,104 @@ class Trunk(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.on = (None,)  # the adapter that is on; in a tuple, so that it is no part of the trunk
+        self.checkpointing = False  # whether backward computes each layer again instead of keeping its inside
 
     def forward(self, tokens, mask=None, cache=None):
-        """tokens (B, T), mask (B, T) or None where all are real -> hidden states (B, T, C)."""
+        """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask all tokens are real, or padding
+        stands on the right, where no real token looks."""
         c, T = self.config, tokens.shape[1]
         stores = [None] * len(self.layers)
         if cache is not None:
-            positions, seen, store = cache.plan(
-                torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask, c.sliding_window
-            )
+            one = mask is None and T == 1
+            whole = torch.ones_like(tokens, dtype=torch.bool) if mask is None and not one else mask
+            positions, seen, store = cache.plan(whole, c.sliding_window)
             stores = [lambda k, v, i=i: store(i, k, v) for i in range(len(self.layers))]
         else:
             columns = torch.arange(T, device=tokens.device)
             positions = columns[None] if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
-            plain = mask is None and (c.sliding_window is None or T <= c.sliding_window)
-            seen = None if plain else visible(columns, columns, mask, c.sliding_window)
+            seen = None if mask is None else visible(columns, columns, mask, c.sliding_window)
         cos, sin = rotary(positions, c.head_dim, c.rope_theta)
         x = self.embed_tokens(tokens)
         for layer, keep in zip(self.layers, stores):
-            x = layer(x, cos, sin, seen, keep)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(self._again, self.on[0], layer, x, cos, sin, seen, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, seen, keep)
         return self.norm(x)
+
+    def _again(self, adapter, layer, *inputs):
+        """A layer, also where backward asks for it again after another adapter was on."""
+        self.use(adapter)
+        return layer(*inputs)
+
+    def use(self, adapter):
+        """Turns `adapter` on in all layers, or with None the one that is on off."""
+        if self.on[0] is not adapter:
+            for name, layer in self.named_modules():
+                if isinstance(layer, Linear):
+                    layer.low_rank = None if adapter is None else adapter.of(name)
+            self.on = (adapter,)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+class Adapter(nn.Module):
+    """Low-rank adapters of every linear layer of a trunk (LoRA, 2106.09685): W x + alpha / rank * B A x. A starts
+    random, B at zero, so that the adapted trunk starts as the trunk itself."""
+
+    def __init__(self, trunk, rank, alpha, generator=None):
+        super().__init__()
+        self.rank, self.alpha = rank, alpha
+        layers = {n.replace(".", "/"): m.weight for n, m in trunk.named_modules() if isinstance(m, Linear)}
+        self.A = nn.ParameterDict({n: w.new_zeros(rank, w.shape[1]) for n, w in layers.items()})
+        self.B = nn.ParameterDict({n: w.new_zeros(w.shape[0], rank) for n, w in layers.items()})
+        for a in self.A.values():
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+
+    def of(self, name):
+        """(A, B, scale) of the layer `name`."""
+        name = name.replace(".", "/")
+        return self.A[name], self.B[name], self.alpha / self.rank
+
+    def names(self):
+        """The layers adapted, as the trunk calls them."""
+        return [name.replace("/", ".") for name in self.A]
+
+    def tensors(self):
+        """{name: tensor} on the CPU, named as the peft library does."""
+        pairs = {n: self.of(n) for n in self.names()}
+        name = "base_model.model.model.{}.lora_{}.weight"
+        return {
+            name.format(n, "AB"[i]): pair[i].detach().cpu().contiguous() for n, pair in pairs.items() for i in (0, 1)
+        }
+
+    @torch.no_grad()
+    def load(self, tensors):
+        """Takes the values of `tensors`, as `tensors()` gives them."""
+        for name in self.names():
+            for i, letter in enumerate("AB"):
+                self.of(name)[i].copy_(tensors[f"base_model.model.model.{name}.lora_{letter}.weight"])
+
+    def change(self, name):
+        """What the adapter adds to the weight of the layer `name`, fp32, shaped like it."""
+        A, B, scale = self.of(name)
+        return scale * B.float() @ A.float()
+
+
+class Shared(nn.Module):
+    """A frozen trunk seen through an adapter, or as it is: several roles of one copy of the weights. The trunk is
+    nobody's submodule: only the adapter's parameters are this role's own."""
+
+    def __init__(self, trunk, adapter=None):
+        super().__init__()
+        self.trunk = (trunk.requires_grad_(False),)
+        self.adapter = adapter
+
+    def forward(self, tokens, mask=None, cache=None):
+        self.trunk[0].use(self.adapter)
+        return self.trunk[0](tokens, mask, cache)
 
 
 class Mistral(nn.Module):
@@ -268,12 +408,13 @@ class Mistral(nn.Module):
     architecture = "ForCausalLM"
     file_names = {}
 
-    def __init__(self, config):
+    def __init__(self, config, trunk=None, lm_head=None):
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
-        self.lm_head = linear(config.hidden_size, config.vocab_size)
-        self.tie()
+        self.model = trunk or Trunk(config)
+        self.lm_head = lm_head or Linear(config.hidden_size, config.vocab_size)
+        if lm_head is None:
+            self.tie()
 
     def tie(self):
         if self.config.tie_word_embeddings:
@@ -291,6 +432,15 @@ class Mistral(nn.Module):
         """Writes Hugging Face form; `files` (the tokenizer's) are copied beside."""
         save(self, folder, files)
 
+    def sharing(self, adapter=None):
+        """The same weights, frozen, in another role: with an adapter of its own, or as they are (the reference)."""
+        self.requires_grad_(False)
+        return Mistral(self.config, Shared(self.trunk, adapter), self.lm_head).eval()
+
+    @property
+    def trunk(self):
+        return self.model.trunk[0] if isinstance(self.model, Shared) else self.model
+
     @property
     def device(self):
         return self.lm_head.weight.device
@@ -305,14 +455,23 @@ class ScalarModel(nn.Module):
     architecture = "ForSequenceClassification"
     file_names = {"head.weight": "score.weight"}
 
-    def __init__(self, config):
+    def __init__(self, config, trunk=None):
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
-        self.head = linear(config.hidden_size, 1)
+        self.model = trunk or Trunk(config)
+        self.head = Linear(config.hidden_size, 1)
 
     def tie(self):
         pass
+
+    @classmethod
+    def over(cls, base, adapter):
+        """A scalar model on the trunk of a `Mistral`, which it shares, with an adapter and a head (zero) of its own."""
+        with torch.device("meta"):
+            model = cls(base.config, Shared(base.trunk, adapter))
+        model.head.to_empty(device=base.device).to(base.lm_head.weight.dtype)
+        nn.init.zeros_(model.head.weight)
+        return model.eval()
 
     def forward(self, tokens, mask=None):
         """tokens (B, T), mask (B, T) -> values (B, T), fp32."""
@@ -329,6 +488,10 @@ class ScalarModel(nn.Module):
         model = load(cls, path_or_id, device, dtype, optional=("head.weight",))
         nn.init.zeros_(model.head.weight)
         return model
+
+    @property
+    def trunk(self):
+        return self.model.trunk[0] if isinstance(self.model, Shared) else self.model
 
     @property
     def device(self):
@@ -377,16 +540,26 @@ def fill(model, tensors, where="weights"):
                 raise InputError(f"{where}: {name} has NaN or infinite values")
 
 
+def named_tensors(model):
+    """(name, tensor) as files hold them, one at a time: an adapter is folded into the weights it belongs to."""
+    if not isinstance(model.model, Shared):
+        yield from ((model.file_names.get(n, n), p) for n, p in model.named_parameters())
+        return
+    (trunk,), adapter = model.model.trunk, model.model.adapter
+    adapted = {n + ".weight" for n, m in trunk.named_modules() if isinstance(m, Linear)} if adapter else ()
+    for name, p in trunk.named_parameters():
+        change = adapter.change(name.removesuffix(".weight")) if name in adapted else 0.0
+        yield "model." + name, (p.detach().float() + change).to(p.dtype) if name in adapted else p
+    head, weight = next((n, p) for n, p in model.named_parameters() if not n.startswith("model."))
+    if weight is not trunk.embed_tokens.weight:
+        yield model.file_names.get(head, head), weight
+
+
 def save(model, folder, files=(), **more):
     """A model folder in Hugging Face form; `more` are further entries of its config.json."""
-    dtype = next(model.parameters()).dtype
-    tensors = ((model.file_names.get(n, n), p) for n, p in model.named_parameters())
-    save_folder(
-        folder,
-        model.config.to_dict(model.architecture, dtype=str(dtype).removeprefix("torch."), **more),
-        tensors,
-        files,
-    )
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = model.config.to_dict(model.architecture, dtype=dtype, **more)
+    save_folder(folder, config, named_tensors(model), files)
 
 
 def initialize(model, generator):
@@ -430,6 +603,36 @@ def by_length(lengths, tokens, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
+class AdamW(torch.optim.AdamW):
+    """AdamW that updates parameters of a smaller dtype through fp32 copies: in bf16 an update of less than 1/256 of
+    a weight would be rounded away."""
+
+    def __init__(self, groups, **more):
+        self.copies = []  # (parameter, its fp32 copy)
+        for group in groups:
+            group["params"] = [self._fp32(p) for p in group["params"]]
+        super().__init__(groups, fused=True, **more)
+
+    def _fp32(self, parameter):
+        if parameter.dtype == torch.float32:
+            return parameter
+        self.copies.append((parameter, parameter.detach().float().requires_grad_()))
+        return self.copies[-1][1]
+
+    @torch.no_grad()
+    def step(self):
+        for parameter, copy in self.copies:
+            copy.grad = None if parameter.grad is None else parameter.grad.float()
+        super().step()
+        for parameter, copy in self.copies:
+            parameter.copy_(copy)
+
+    def zero_grad(self):
+        super().zero_grad(set_to_none=True)
+        for parameter, _ in self.copies:
+            parameter.grad = None
+
+
 def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     """AdamW and its schedule: linear warm-up over a share of the steps, then a cosine down to `floor` * lr.
     Weight decay on matrices alone."""
@@ -438,7 +641,7 @@ def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0,
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps)
     first = max(1, round(warmup * steps))
 
     def scale(step):
@@ -447,6 +650,59 @@ def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0,
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - first) / max(1, steps - first))))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+class TokenLogprobs(torch.autograd.Function):
+    """Logprobs and entropy (N,), fp32, of token ids (N,) under softmax(hidden W^T / temperature), `forbid` left out.
+
+    The logits (N, V) exist for a few rows at a time. Their gradient is (onehot(id) - p) / temperature times the
+    logprob's, so that of the hidden states is the row (W[id] - p W) / temperature times a number that backward brings:
+    it is made here, where p is at hand. Only the gradient of W itself needs p again. The entropy has no gradient.
+    """
+
+    BYTES = 2**27  # of logits at a time
+
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, temperature, forbid, train):
+        logprobs, entropy = (torch.empty(len(ids), device=ids.device) for _ in range(2))
+        pull = torch.empty_like(hidden) if train else None
+        parts = torch.arange(len(ids), device=ids.device).split(max(1, TokenLogprobs.BYTES // (4 * len(weight))))
+        for part in parts:
+            logp = TokenLogprobs.read(hidden[part], weight, temperature, forbid)
+            logprobs[part] = logp.gather(1, ids[part][:, None])[:, 0]
+            p = logp.exp()
+            entropy[part] = -torch.linalg.vecdot(p, logp.clamp_min_(torch.finfo(logp.dtype).min))  # 0 log 0 = 0
+            if train:
+                pull[part] = (weight[ids[part]] - p.to(weight.dtype) @ weight) / temperature
+        if train:
+            ctx.save_for_backward(hidden, weight, ids, pull, p if len(parts) == 1 else None)
+            ctx.settings, ctx.parts = (temperature, forbid), parts
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def read(hidden, weight, temperature, forbid):
+        return shape_logits(F.linear(hidden, weight), temperature, forbid).log_softmax(-1)
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        hidden, weight, ids, pull, kept = ctx.saved_tensors
+        row = gradient[:, None].to(hidden.dtype)
+        of_weight = None
+        if ctx.needs_input_grad[1]:
+            pulled = hidden * row / ctx.settings[0]
+            of_weight = torch.zeros_like(weight).index_add_(0, ids, pulled)
+            for part in ctx.parts:
+                p = TokenLogprobs.read(hidden[part], weight, *ctx.settings).exp() if kept is None else kept
+                of_weight.addmm_(p.to(weight.dtype).T, pulled[part], alpha=-1)
+        return pull * row, of_weight, None, None, None, None
+
+
+def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
+    """(logprobs, entropy), (N,) each in fp32, of `ids` (N,) after `hidden` (N, C): see `TokenLogprobs`."""
+    weight = model.lm_head.weight
+    train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return TokenLogprobs.apply(hidden, weight, ids, temperature, forbid, train)
 
 
 # ---------------------------------------------------------------- generation
@@ -470,8 +726,8 @@ def shape_logits(logits, temperature, forbid=()):
 
 
 def sample(logits, temperature, top_p, generator):
-    """One id a row from logits (B, V): argmax at temperature 0. Dividing probabilities by exponential noise
-    and taking the largest draws from them (the Gumbel trick) without a transfer to the host."""
+    """One id a row from logits (B, V): argmax at temperature 0, else where the summed probabilities pass a uniform
+    number of (0, 1], which no id of probability 0 does; without a transfer to the host."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = logits.softmax(-1)
@@ -480,7 +736,78 @@ def sample(logits, temperature, top_p, generator):
         outside = ordered.cumsum(-1) - ordered >= top_p
         outside[..., 0] = False  # the likeliest id always stays
         probs = probs.scatter(-1, ids, ordered.masked_fill(outside, 0.0))
-    return (probs / torch.empty_like(probs).exponential_(generator=generator).clamp_min_(1e-20)).argmax(-1)
+    below = probs.cumsum(-1)
+    uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)
+    return (below < uniform * below[:, -1:]).sum(-1)
+
+
+class Decoder:
+    """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded as a
+    CUDA graph, once for each number of rows, and replayed; the buffers are kept for the next call, and have room for
+    a multiple of 256 tokens, so that a moving length limit seldom asks for new ones."""
+
+    RECORDS = ("cuda",)
+
+    def __init__(self, model, batch, columns):
+        device, dtype = model.device, model.lm_head.weight.dtype
+        self.static = device.type in self.RECORDS
+        columns = -(-columns // 256) * 256 if self.static else columns
+        self.model, self.shape = model, (batch, columns, device, dtype)
+        self.cache = Cache(model.config, batch, columns, device, dtype, self.static)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.graphs = {}  # rows -> (graph, logits)
+
+    @classmethod
+    def for_model(cls, model, batch, columns):
+        """The model's own from an earlier call where that fits."""
+        new = getattr(model, "decoder", None)
+        if new is None or not new.static or new.shape[0] != batch or not columns <= new.shape[1] < columns + 256:
+            model.decoder = None
+            new = cls(model, batch, columns)
+        new.cache.reset()
+        model.decoder = new if new.static else None
+        return new
+
+    def prefill(self, tokens, mask):
+        """Logits (B, V) after prompts (B, P)."""
+        return self.model.lm_head(self.model.model(tokens, mask, self.cache)[:, -1])
+
+    def __call__(self, ids):
+        """Logits (rows, V) after one more id (rows,)."""
+        n = self.cache.rows
+        self.tokens[:n, 0] = ids
+        if not self.static:
+            return self._step()
+        if n not in self.graphs:
+            self._record(n)
+        self.graphs[n][0].replay()
+        return self.graphs[n][1]
+
+    def _step(self):
+        return self.model.lm_head(self.model.model(self.tokens[: self.cache.rows], None, self.cache)[:, -1])
+
+    def _record(self, n):
+        state = self.cache.mask, self.cache.positions, self.cache.column
+        before = [x.clone() for x in state]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._step()  # libraries set themselves up at their first call, which must not be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        for x, was in zip(state, before):
+            x.copy_(was)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step()
+        self.graphs[n] = graph, logits
+
+    def fewer(self, done):
+        """Which rows to go on with, or None for all: on a GPU half of them, so that few graphs are recorded."""
+        alive, n = int((~done).sum()), len(done)
+        wanted = alive if not self.static else 1 << (max(alive, 1) - 1).bit_length()
+        if alive == 0 or wanted > (0.75 * n if not self.static else n / 2):
+            return None
+        return done.int().argsort(stable=True)[:wanted].sort().values
 
 
 def stopped_at(ids, stop, after):
@@ -507,36 +834,40 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     ends = torch.as_tensor(ends, device=device)
     tokens, mask = pad_left(prompts, device)
     B, P = tokens.shape
-    cache = Cache(model.config, B, P + max_new_tokens, device, model.lm_head.weight.dtype)
+    decoder = Decoder.for_model(model, B, P + max_new_tokens)
     out = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    lengths = torch.full((B,), max_new_tokens, device=device)
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
-    done = torch.zeros(B, dtype=torch.bool, device=device)
-    checked = done  # rows whose end is known
+    ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
+    logits = decoder.prefill(tokens, mask)
     for t in range(max_new_tokens):
-        hidden = model.model(tokens, mask, cache)[:, -1]  # (b, C)
-        logits = shape_logits(model.lm_head(hidden), temperature, forbid)  # (b, V)
-        next_ids = sample(logits, temperature, top_p, generator)  # (b,)
-        out[rows, t] = next_ids
+        shaped = shape_logits(logits, temperature, forbid)  # (b, V)
+        ids = sample(shaped, temperature, top_p, generator)  # (b,)
+        out[rows, t] = ids
         if with_logprobs:
-            logprobs[rows, t] = logits.log_softmax(-1).gather(1, next_ids[:, None])[:, 0]
-        lengths[rows] += (~done).long()
-        done = done | torch.isin(next_ids, ends)
-        tokens, mask = next_ids[:, None], torch.ones(len(rows), 1, dtype=torch.bool, device=device)
+            logprobs[rows, t] = shaped.gather(1, ids[:, None])[:, 0] - shaped.logsumexp(-1)
         if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
-            if stop is not None:
-                for i in (~checked).nonzero()[:, 0].tolist():
-                    end = stopped_at(out[rows[i], : int(lengths[rows[i]])].tolist(), stop, t // 8 * 8)
-                    if end is not None:
-                        lengths[rows[i]], done[i] = end, True
-                checked = done.clone()
-            alive = (~done).nonzero()[:, 0]
-            if len(alive) == 0:
+            note_ends(out, ended, lengths, t // 8 * 8, t + 1, ends, stop)
+            if ended.all():
                 break
-            if len(alive) <= 0.75 * len(rows):  # finished sequences leave the batch
-                cache.keep(alive)
-                rows, done, tokens, mask = rows[alive], done[alive], tokens[alive], mask[alive]
-                checked = done
+            fewer = decoder.fewer(ended[rows])
+            if fewer is not None:  # finished sequences leave the batch
+                decoder.cache.keep(fewer)
+                rows, ids = rows[fewer], ids[fewer]
+        if t + 1 < max_new_tokens:
+            logits = decoder(ids)
     cut = lambda rows: [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]  # noqa: E731
     return (cut(out), cut(logprobs)) if with_logprobs else cut(out)
+
+
+def note_ends(out, ended, lengths, start, stop_at, ends, stop):
+    """Notes in `ended` and `lengths` which rows of `out` end in columns start to stop_at, by an id or by `stop`."""
+    hits = torch.isin(out[:, start:stop_at], ends) & ~ended[:, None]  # (B, <= 8)
+    first = hits.any(1)
+    lengths[first] = start + hits[first].int().argmax(1) + 1
+    for i in () if stop is None else (~ended).nonzero()[:, 0].tolist():
+        end = stopped_at(out[i, : min(stop_at, int(lengths[i]))].tolist(), stop, start)
+        if end is not None:
+            lengths[i], first[i] = end, True
+    ended |= first

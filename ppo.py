@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model import generate, make_optimizer, pad_left, pad_right, shape_logits
+from model import generate, make_optimizer, pad_left, pad_right, token_logprobs
 from weights import InputError
 
 
@@ -79,8 +79,14 @@ class Rollout:
     mask: torch.Tensor  # (B, P+R), True on real tokens of prompt and response
     response_mask: torch.Tensor  # (B, R), the ending EOS counts, padding does not
     truncated: torch.Tensor  # (B,), the limit ended the response
-    logprobs: torch.Tensor  # (B, R) of the actor that wrote it, read by the training forward
-    sampling_gap: float = 0.0  # largest difference between those and the sampler's own probabilities
+    logprobs: torch.Tensor | None = None  # (B, R) of the actor that wrote it, read by the training forward
+    sampling_gap: float = 0.0  # largest difference between their probabilities and the sampler's own
+
+    def read(self, logprobs, sampled):
+        """Takes the logprobs that the ratio is taken against: those of the forward that trains, not the sampler's
+        (B, R), for the two differ in bf16 (PPO_DETAILS 9, 10). Their difference is kept as a figure."""
+        self.logprobs = logprobs
+        self.sampling_gap = ((sampled.exp() - logprobs.exp()).abs() * self.response_mask).max().item()
 
     @property
     def prompt_columns(self):
@@ -94,24 +100,34 @@ class Rollout:
         return self.tokens[rows, first:last], mask[:, first:last], self.response_mask[rows, : last - P]
 
 
-def response_logprobs(model, tokens, mask, response_mask, temperature=1.0, forbid=(), entropy=False):
-    """Logprobs (B, R) in fp32 of the response tokens, and their distributions' entropy (B, R) or None.
+def response_hidden(trunk, tokens, mask, response_mask):
+    """Hidden states (N, C) that the N real response tokens were chosen in: position i predicts token i + 1, the
+    slice [P-1:-1]. Rows are read flush left, so that attention needs no mask and no padding stands in front."""
+    T, P = tokens.shape[1], tokens.shape[1] - response_mask.shape[1]
+    start = mask.int().argmax(1)  # (B,), the first real column
+    columns = (torch.arange(T, device=tokens.device) + start[:, None]).clamp_max(T - 1)
+    hidden = trunk(tokens.gather(1, columns)[:, : int(mask.sum(1).max())])
+    row, column = response_mask.nonzero(as_tuple=True)
+    return hidden[row, P - 1 - start[row] + column]
 
-    Logits are made at the real response positions alone; position i predicts token i + 1, hence [P-1:-1].
-    """
-    P = tokens.shape[1] - response_mask.shape[1]
-    hidden = model.model(tokens, mask)[:, P - 1 : -1][response_mask]  # (N, C)
-    all_logprobs = shape_logits(model.lm_head(hidden), temperature, forbid).log_softmax(-1)  # (N, V)
-    taken = all_logprobs.gather(1, tokens[:, P:][response_mask][:, None])[:, 0]
-    place = lambda x: torch.zeros(response_mask.shape, device=x.device).masked_scatter(response_mask, x)  # noqa: E731
-    if not entropy:
-        return place(taken), None
-    finite = all_logprobs.masked_fill(all_logprobs == float("-inf"), 0.0)  # 0 log 0 = 0
-    return place(taken), place(-(all_logprobs.exp() * finite).sum(-1))
+
+def response_logprobs(model, tokens, mask, response_mask, temperature=1.0, forbid=()):
+    """Logprobs (B, R) in fp32 of the response tokens, and their distributions' entropy (B, R). Logits are made at
+    the real response positions alone."""
+    hidden = response_hidden(model.model, tokens, mask, response_mask)
+    ids = tokens[:, -response_mask.shape[1] :][response_mask]
+    return tuple(place(x, response_mask) for x in token_logprobs(model, hidden, ids, temperature, forbid))
+
+
+def place(x, mask):
+    """Values (N,) of the N True places of a mask (B, R), in place: (B, R), 0 elsewhere."""
+    return torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
 
 
 def in_chunks(read, rollout, size):
     """`read(tokens, mask, response_mask)` -> (b, <=R) over `size` rows at a time, of similar length: (B, R)."""
+    if size >= len(rollout.tokens):
+        return read(rollout.tokens, rollout.mask, rollout.response_mask)
     out = torch.zeros(rollout.response_mask.shape, device=rollout.tokens.device)
     for rows in rollout.mask.sum(1).argsort().split(size):
         values = read(*rollout.window(rows))
@@ -119,40 +135,31 @@ def in_chunks(read, rollout, size):
     return out
 
 
-@torch.no_grad()
-def rollout(
-    actor, prompts, max_new_tokens, temperature=1.0, eos_id=None, forbid=(), stop=None, seed=None, microbatch=64
-):
-    """Samples a response to each prompt (id lists), never greedily, from the full distribution but `forbid`.
+def sample_responses(actor, prompts, max_new_tokens, temperature=1.0, eos_id=None, forbid=(), stop=None, seed=None):
+    """(Rollout without its logprobs, the sampler's own logprobs (B, R)): a response to each prompt (id lists), never
+    greedy, from the full distribution but `forbid`.
 
     `eos_id` None lets every response run to the limit; then forbid the EOS id, or the text would hold it
-    as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout.
+    as an ordinary token. Nothing is added to a response that the limit cut.
     """
-    responses, sampled = generate(
-        actor,
-        prompts,
-        max_new_tokens,
-        temperature,
-        eos_id=eos_id,
-        seed=seed,
-        forbid=forbid,
-        stop=stop,
-        with_logprobs=True,
-    )
+    how = dict(eos_id=eos_id, seed=seed, forbid=forbid, stop=stop, with_logprobs=True)
+    responses, sampled = generate(actor, prompts, max_new_tokens, temperature, **how)
     device = actor.device
     prompt_tokens, prompt_mask = pad_left(prompts, device)
     response_tokens, response_mask = pad_right(responses, device)
     ends = set() if eos_id is None else {eos_id} if isinstance(eos_id, int) else set(eos_id)
     truncated = [not (r[-1] in ends or stop is not None and stop(r)) for r in responses]
     tokens, mask = torch.cat((prompt_tokens, response_tokens), 1), torch.cat((prompt_mask, response_mask), 1)
-    batch = Rollout(tokens, mask, response_mask, torch.tensor(truncated, device=device), None)
-    # The logprobs that the ratio is taken against are read by the forward that trains, not by the sampler:
-    # the two differ in bf16 (PPO_DETAILS 9, 10). Their difference is kept as a figure.
-    batch.logprobs = in_chunks(
-        lambda t, m, r: response_logprobs(actor, t, m, r, temperature, forbid)[0], batch, microbatch
-    )
-    sampled = pad_right(sampled, device, value=0.0)[0]
-    batch.sampling_gap = ((sampled.exp() - batch.logprobs.exp()).abs() * response_mask).max().item()
+    batch = Rollout(tokens, mask, response_mask, torch.tensor(truncated, device=device))
+    return batch, pad_right(sampled, device, value=0.0)[0]
+
+
+def rollout(actor, prompts, max_new_tokens, temperature=1.0, forbid=(), microbatch=64, **how):
+    """Samples a response to each prompt (see `sample_responses`) and reads its logprobs. Returns a Rollout."""
+    batch, sampled = sample_responses(actor, prompts, max_new_tokens, temperature, forbid=forbid, **how)
+    with torch.no_grad():
+        read = lambda *rows: response_logprobs(actor, *rows, temperature, forbid)[0]  # noqa: E731
+        batch.read(in_chunks(read, batch, microbatch), sampled)
     return batch
 
 
@@ -403,10 +410,7 @@ class PPOTrainer:
         )  # no dropout exists, nor ever would be on
         self.prompts, self.score_fn, self.second_score, self.describe = prompts, score_fn, second_score, describe
         self.limit, self.options = limit, options
-        self.sampling = dict(
-            temperature=options.temperature, eos_id=eos_id, forbid=forbid, stop=stop, microbatch=options.microbatch
-        )
-        self.reading = dict(temperature=options.temperature, forbid=forbid)
+        self.sampling = dict(temperature=options.temperature, eos_id=eos_id, forbid=forbid, stop=stop)
         self.kl_controller = KLController(options.kl_coefficient, options.kl_target)
         self.generator = torch.Generator().manual_seed(seed)
         updates = steps * options.epochs * options.minibatches
@@ -428,7 +432,7 @@ class PPOTrainer:
 
     def sample(self, prompts):
         seed = int(torch.randint(2**62, (1,), generator=self.generator))
-        return rollout(self.actor, [p.ids for p in prompts], self.limit.limit, seed=seed, **self.sampling)
+        return sample_responses(self.actor, [p.ids for p in prompts], self.limit.limit, seed=seed, **self.sampling)
 
     def responses(self, batch):
         return [
@@ -454,7 +458,7 @@ class PPOTrainer:
             self.score(
                 self.score_fn,
                 prompts[i : i + self.options.batch],
-                self.responses(self.sample(prompts[i : i + self.options.batch])),
+                self.responses(self.sample(prompts[i : i + self.options.batch])[0]),
             )
             for i in range(0, len(prompts), self.options.batch)
         ]
@@ -470,7 +474,7 @@ class PPOTrainer:
         # 1-2  prompts, rollout
         prompts = self.draw(o.batch)
         limit = self.limit.limit
-        batch = self.sample(prompts)
+        batch, sampled = self.sample(prompts)
         generated = time.perf_counter() - start
         mask = batch.response_mask
         lengths = mask.sum(1).cpu()
@@ -478,19 +482,18 @@ class PPOTrainer:
         responses = self.responses(batch)
         scores = (self.score(self.score_fn, prompts, responses) - self.score_mean) / self.score_scale
         shaped = shape_scores(scores, lengths, batch.truncated.cpu(), limit, o.concise, o.truncation_penalty)
-        # 4  reference and critic, on the same slice
+        # 4  actor, reference and critic, on the same slice
+        logprobs, old_values, graph = self.read(batch)
+        batch.read(logprobs, sampled)
         with torch.no_grad():
-            ref_logprobs = in_chunks(
-                lambda t, m, r: response_logprobs(self.reference, t, m, r, **self.reading)[0], batch, o.microbatch
-            )
-            values = in_chunks(self.read_values, batch, o.microbatch)
+            ref_logprobs = in_chunks(lambda *rows: self.read_logprobs(self.reference, *rows)[0], batch, o.microbatch)
         # 5  rewards, advantages
         rewards, kl = compute_rewards(
             shaped.to(mask.device), batch.logprobs, ref_logprobs, mask, self.kl_controller.coefficient
         )
-        advantages, returns = compute_gae(rewards, values, mask, o.discount, o.gae_lambda)
+        advantages, returns = compute_gae(rewards, old_values, mask, o.discount, o.gae_lambda)
         # 6  update
-        metrics = self.update(batch, masked_whiten(advantages, mask), returns, values)
+        metrics = self.update(batch, masked_whiten(advantages, mask), returns, old_values, graph)
         # 7  the next limit and the next beta
         self.steps_done += 1
         response_kl, coefficient = kl.sum(1), self.kl_controller.coefficient
@@ -508,7 +511,7 @@ class PPOTrainer:
             "p_extend": self.limit.p_extend,
             "truncation_rate": batch.truncated.float().mean().item(),
             "eos_rate": 1 - batch.truncated.float().mean().item(),
-            "explained_variance": self.explained(values, returns, mask),
+            "explained_variance": self.explained(old_values, returns, mask),
             "score_length_correlation": correlation(scores, lengths.float()),
             "sampling_gap": batch.sampling_gap,
             "samples_per_second": len(prompts) / seconds,
@@ -523,23 +526,39 @@ class PPOTrainer:
             metrics |= self.describe(responses)
         return metrics, list(zip([p.context for p in prompts[:3]], responses, scores.tolist(), response_kl.tolist()))
 
+    def read_logprobs(self, model, tokens, mask, response_mask):
+        return response_logprobs(model, tokens, mask, response_mask, self.options.temperature, self.sampling["forbid"])
+
     def read_values(self, tokens, mask, response_mask):
         """Values (B, R) of the states that the response tokens were chosen in: the same slice as the logprobs."""
-        P = tokens.shape[1] - response_mask.shape[1]
-        return self.critic(tokens, mask)[:, P - 1 : -1] * response_mask
+        hidden = response_hidden(self.critic.model, tokens, mask, response_mask)
+        return place(self.critic.head(hidden)[:, 0].float(), response_mask)
 
-    def update(self, batch, advantages, returns, old_values):
-        """epochs x minibatches optimizer steps for each of actor and critic. Every loss is a sum over a
-        microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
+    def read(self, batch):
+        """Logprobs and values (B, R) before the update, and (logprobs, entropy, values) with their graph where one
+        microbatch is the whole first update, whose forward pass this then is; else None."""
+        if self.options.minibatches == 1 and len(batch.tokens) <= self.options.microbatch:
+            rows = batch.tokens, batch.mask, batch.response_mask
+            graph = *self.read_logprobs(self.actor, *rows), self.read_values(*rows)
+            return graph[0].detach(), graph[2].detach(), graph
+        with torch.no_grad():
+            read = lambda *rows: self.read_logprobs(self.actor, *rows)[0]  # noqa: E731
+            return *(in_chunks(f, batch, self.options.microbatch) for f in (read, self.read_values)), None
+
+    def update(self, batch, advantages, returns, old_values, graph=None):
+        """epochs x minibatches optimizer steps for each of actor and critic; `graph` as `self.read` gave it. Every
+        loss is a sum over a microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
         o, totals, ratio_first, first = self.options, {}, 1.0, True
         for _ in range(o.epochs):
             for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
                 count = batch.response_mask[rows].sum()
                 for optimizer in self.optimizers:
-                    optimizer.zero_grad(set_to_none=True)
+                    optimizer.zero_grad()
+                if graph:
+                    rows = torch.arange(len(rows), device=rows.device)
                 for part in rows.split(o.microbatch):
-                    figures, ratio = self.backward(batch, part, advantages, returns, old_values, count)
+                    figures, ratio = self.backward(batch, part, advantages, returns, old_values, count, graph)
                     if first:  # of the whole first minibatch, the ratio that is farthest from 1
                         ratio_first = max(ratio_first, ratio, key=lambda r: abs(r - 1))
                     for name, value in figures.items():
@@ -550,21 +569,22 @@ class PPOTrainer:
                     totals[name] = totals.get(name, 0.0) + norm.item()
                     optimizer.step()
                     schedule.step()
-                first = False
+                first, graph = False, None
         done = o.epochs * o.minibatches
         return {name: float(value) / done for name, value in totals.items()} | {"ratio_first": ratio_first}
 
-    def backward(self, batch, rows, advantages, returns, old_values, count):
-        """Adds the gradients of one microbatch. Returns its share of the minibatch's means, and the ratio
-        that is farthest from 1."""
+    def backward(self, batch, rows, advantages, returns, old_values, count, graph=None):
+        """Adds the gradients of one microbatch; `graph`: its logprobs, entropy and values, where they are at hand.
+        Returns its share of the minibatch's means, and the ratio that is farthest from 1."""
         o = self.options
-        tokens, mask, response_mask = batch.window(rows)
+        window = (batch.tokens, batch.mask, batch.response_mask) if graph else batch.window(rows)
+        response_mask = window[2]
         R = response_mask.shape[1]
         old, advantages, returns, old_values = (x[rows, :R] for x in (batch.logprobs, advantages, returns, old_values))
-        logprobs, entropy = response_logprobs(self.actor, tokens, mask, response_mask, entropy=True, **self.reading)
+        logprobs, entropy = graph[:2] if graph else self.read_logprobs(self.actor, *window)
         loss, ratio, clipped = policy_loss(logprobs, old, advantages, response_mask, o.clip)
         (loss / count).backward()
-        values = self.read_values(tokens, mask, response_mask)
+        values = graph[2] if graph else self.read_values(*window)
         critic_loss = value_loss(values, old_values, returns, response_mask, o.value_clip)
         (critic_loss / count).backward()
         share = response_mask.sum() / count

@@ -7,11 +7,18 @@ the score, so the model must have seen both: every pair is shown with EOS after 
 neither, at random (PPO_DETAILS 3, 4, 27).
 """
 
+import hashlib
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import ScalarModel, by_length, make_optimizer, pad_right, save
+from model import Adapter, ScalarModel, Shared, by_length, fill, make_optimizer, pad_right, save
+from weights import read_json, read_tensors
+
+ADAPTER = "adapter"  # the folder of a reward model's adapter, inside the model's own
 
 
 def preference_loss(chosen, rejected):
@@ -23,19 +30,38 @@ class RewardModel(ScalarModel):
     """`score(tokens, mask)` -> one number a row. Saved as MistralForSequenceClassification."""
 
     @classmethod
-    def from_base(cls, path_or_id, device="cpu", dtype=torch.float32, seed=0):
-        """The trunk of a language model under a new head of deviation 1/sqrt(C+1), which after RMSNorm gives
-        scores of about unit variance (lm-human-preferences)."""
-        model = super().from_base(path_or_id, device, dtype)
+    def from_base(cls, path_or_id, device="cpu", dtype=torch.float32, seed=0, rank=0, alpha=0.0):
+        """The trunk of a language model, whole or with `rank` frozen under an adapter, and a new head of deviation
+        1/sqrt(C+1), which after RMSNorm gives scores of about unit variance (lm-human-preferences)."""
         generator = torch.Generator(device).manual_seed(seed)
+        model = super().from_base(path_or_id, device, dtype)
         nn.init.normal_(model.head.weight, 0.0, (model.config.hidden_size + 1) ** -0.5, generator=generator)
+        if rank:
+            model.model = Shared(model.model, Adapter(model.model, rank, alpha, generator))
         return model
+
+    @classmethod
+    def adapted(cls, folder, base):
+        """The reward model of `folder` over the weights of `base`, a `Mistral` in memory, which it shares; None where
+        the folder has no adapter, or one over other weights."""
+        path = Path(folder) / ADAPTER
+        if not (path / "adapter_config.json").exists():
+            return None
+        config, tensors = read_json(path / "adapter_config.json"), read_tensors(path / "adapter_model.safetensors")
+        if config.get("base_fingerprint") != fingerprint(base.trunk):
+            return None
+        adapter = Adapter(base.trunk, config["r"], config["lora_alpha"])
+        model = cls.over(base, adapter)
+        adapter.load(tensors)
+        fill(model, [("score.weight", tensors["base_model.model.score.weight"])], path)
+        return model.requires_grad_(False)
 
     def score(self, tokens, mask):
         """tokens (B, T), mask (B, T), padded on either side -> raw scores (B,), fp32, at the last real token."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last = (places * mask).amax(1)  # (B,)
-        hidden = self.model(tokens, mask)  # (B, T, C)
+        flush = bool(mask[:, 0].all())  # padding on the right alone: nothing real sees it, attention needs no mask
+        hidden = self.model(tokens, None if flush else mask)  # (B, T, C)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])[:, 0].float()
 
     @torch.no_grad()
@@ -48,7 +74,33 @@ class RewardModel(ScalarModel):
         return scores
 
     def save_pretrained(self, folder, files=()):
-        save(self, folder, files, num_labels=1, id2label={"0": "reward"}, label2id={"reward": 0})
+        """Whole weights; and the adapter they came from, if any, by itself, in the form of the peft library."""
+        save(
+            self,
+            folder,
+            [*files, *self.adapter_files()],
+            num_labels=1,
+            id2label={"0": "reward"},
+            label2id={"reward": 0},
+        )
+
+    def adapter_files(self):
+        adapter = getattr(self.model, "adapter", None)
+        if adapter is None:
+            return []
+        tensors = adapter.tensors() | {"base_model.model.score.weight": self.head.weight.detach().cpu()}
+        modules = sorted({name.rpartition(".")[2] for name in adapter.names()})
+        config = {"peft_type": "LORA", "task_type": "SEQ_CLS", "r": adapter.rank, "lora_alpha": adapter.alpha,
+                  "target_modules": modules, "modules_to_save": ["score"], "inference_mode": True,
+                  "base_fingerprint": fingerprint(self.trunk)}  # fmt: skip
+        return [(f"{ADAPTER}/adapter_config.json", json.dumps(config, indent=2) + "\n"),
+                (f"{ADAPTER}/adapter_model.safetensors", tensors)]  # fmt: skip
+
+
+def fingerprint(trunk):
+    """A hash of a few numbers of each tensor: whether an adapter belongs to these weights."""
+    few = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float().cpu() for p in trunk.parameters()]
+    return hashlib.sha256(torch.cat(few).numpy().tobytes()).hexdigest()
 
 
 def encode_pair(tokenizer, messages, chosen, rejected, max_length):
@@ -98,7 +150,7 @@ class Trainer:
             scores[part] = self.model.score(*pad_right([rows[i] for i in part], self.model.device))
         chosen, rejected = scores.chunk(2)
         loss = preference_loss(chosen, rejected)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()

@@ -8,9 +8,8 @@ another document; they are batched by length instead, which leaves little paddin
 """
 
 import torch
-import torch.nn.functional as F
 
-from model import by_length, make_optimizer, pad_right
+from model import by_length, make_optimizer, pad_right, token_logprobs
 
 
 def chat_example(tokenizer, messages, max_length):
@@ -57,7 +56,7 @@ class Trainer:
         """One optimizer step. Returns {"loss", "grad_norm", "tokens"}: nats a counted token, their number."""
         rows, total = self.batch(), 0.0
         count = sum(sum(m[1:]) for _, m in rows)  # the first token of a row is never predicted
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         for part in by_length([len(ids) for ids, _ in rows], self.batch_tokens // 4, self.generator):
             loss = self.loss([rows[i] for i in part]) / count
             loss.backward()
@@ -69,11 +68,10 @@ class Trainer:
 
     def loss(self, rows):
         """Cross entropy summed over the counted tokens of `rows`."""
-        tokens, mask = pad_right([ids for ids, _ in rows], self.model.device)  # (B, T)
+        tokens, _ = pad_right([ids for ids, _ in rows], self.model.device)  # (B, T)
         counted = pad_right([m for _, m in rows], self.model.device, value=False)[0][:, 1:]  # (B, T-1)
-        hidden = self.model.model(tokens, mask)[:, :-1]  # (B, T-1, C)
-        logits = self.model.lm_head(hidden[counted])  # (N, V): no logits where nothing is learnt
-        return F.cross_entropy(logits.float(), tokens[:, 1:][counted], reduction="sum")
+        hidden = self.model.model(tokens)[:, :-1]  # (B, T-1, C)
+        return -token_logprobs(self.model, hidden[counted], tokens[:, 1:][counted])[0].sum()
 
 
 def pretrain_examples(tokenizer, documents, count=4096):

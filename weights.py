@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 
 class InputError(ValueError):
@@ -216,6 +216,14 @@ class Weights:
         return tensor
 
 
+def read_tensors(path):
+    """{name: tensor} of a small safetensors file."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+
+
 # ---------------------------------------------------------------- tensors out
 
 
@@ -258,7 +266,8 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     """Writes a model folder in Hugging Face form.
 
     `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of
-    `shard_bytes` is full; `files` stand beside them (the tokenizer's): paths to copy, or (name, text) pairs.
+    `shard_bytes` is full; `files` stand beside them (the tokenizer's): paths to copy, or
+    (name, text or {name: tensor}) pairs.
     """
     with replacing(folder) as temporary:
         shards, shard, size = [], {}, 0
@@ -279,9 +288,17 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
         write_json(temporary / "generation_config.json", ids)
         for file in files:
             if isinstance(file, tuple):
-                (temporary / file[0]).write_text(file[1], encoding="utf-8")
+                _write_beside(temporary / file[0], file[1])
             else:
                 shutil.copyfile(file, temporary / Path(file).name)
+
+
+def _write_beside(path, content):
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        save_file(content, path, metadata={"format": "pt"})
 
 
 def _write_shard(folder, number, shard):

@@ -57,6 +57,13 @@ def make(score=share_of_7, *, actor=None, critic=None, limit=LIMIT, steps=4, see
                           describe=describe, seed=seed)
 
 
+def sampled(trainer, prompts):
+    """A Rollout with its logprobs, as `step` makes it."""
+    batch, own = trainer.sample(prompts)
+    batch.read(trainer.read(batch)[0], own)
+    return batch
+
+
 def roll(actor, copies=4, limit=LIMIT, eos_id=EOS, **more):
     return ppo.rollout(actor, PROMPTS * copies, limit, eos_id=eos_id, seed=3, **more)
 
@@ -197,7 +204,7 @@ def test_02_what_stands_in_padded_places_changes_nothing(batch):
     other = torch.where(batch.mask, batch.tokens, EOS)
     assert not torch.equal(other, batch.tokens)
     trainer = make()
-    for read in (trainer.read_values, lambda *a: ppo.response_logprobs(trainer.actor, *a, entropy=True)):
+    for read in (trainer.read_values, lambda *a: ppo.response_logprobs(trainer.actor, *a)):
         plain, changed = (read(tokens, batch.mask, batch.response_mask) for tokens in (batch.tokens, other))
         for x, y in zip(plain, changed):
             close(x, y, 1e-6)
@@ -248,7 +255,7 @@ def test_05_score_lands_on_the_last_real_token_eos_included(spy):
     trainer.sample = lambda prompts: sampled.append(sample(prompts)) or sampled[-1]
     trainer.step()  # before any update the KL is 0: what is not 0 is the score
     (scores, *_), (rewards, _) = rewards[0]
-    responses = [r for _, r in rows_of(sampled[0])]
+    responses = [r for _, r in rows_of(sampled[0][0])]
     assert any(r[-1] == EOS for r in responses) and len({*map(len, responses)}) > 3
     expected = torch.zeros(len(responses), max(map(len, responses)))
     for i, r in enumerate(responses):
@@ -267,7 +274,7 @@ def test_05_a_value_belongs_to_the_state_before_its_token_and_ends_with_the_resp
 def test_06_a_cut_response_gets_no_eos_and_is_scored_as_it_is():
     seen = []
     trainer = make(lambda contexts, responses: seen.extend(responses) or share_of_7(contexts, responses))
-    batch = trainer.sample([Prompt(p) for p in PROMPTS * 4])
+    batch = sampled(trainer, [Prompt(p) for p in PROMPTS * 4])
     cut = [r for (_, r), t in zip(rows_of(batch), batch.truncated) if t]
     assert cut and all(len(r) == LIMIT and EOS not in r for r in cut)
     assert any(len(r) == LIMIT and EOS not in r for r in seen)
@@ -362,13 +369,13 @@ def test_09_before_any_update_the_ratio_is_1_and_the_kl_is_0(dtype, sharpness, t
 
 @pytest.mark.parametrize("microbatch", [64, 2])
 def test_09_a_ratio_that_is_not_1_shows(monkeypatch, microbatch):
-    def wrong(*args, call=ppo.rollout, **kwargs):
-        batch = call(*args, **kwargs)
+    def wrong(batch, logprobs, own, call=ppo.Rollout.read):
+        call(batch, logprobs, own)
         shortest = batch.mask.sum(1).argmin()
+        batch.logprobs = batch.logprobs.clone()  # in one update the graph shares its memory
         batch.logprobs[shortest] += 0.1 * batch.response_mask[shortest]
-        return batch
 
-    monkeypatch.setattr(ppo, "rollout", wrong)
+    monkeypatch.setattr(ppo.Rollout, "read", wrong)
     close(make(microbatch=microbatch).step()[0]["ratio_first"], math.exp(-0.1))
 
 
@@ -388,8 +395,8 @@ def test_10_old_logprobs_are_the_training_forwards_and_the_samplers_gap_is_logge
 def test_11_log_softmax_is_in_fp32():
     net = tiny(dtype=torch.bfloat16)
     batch = roll(net)
-    logprobs, entropy = ppo.response_logprobs(net, batch.tokens, batch.mask, batch.response_mask, 0.7, entropy=True)
-    hidden = net.model(batch.tokens, batch.mask)[:, batch.prompt_columns - 1 : -1][batch.response_mask]
+    logprobs, entropy = ppo.response_logprobs(net, batch.tokens, batch.mask, batch.response_mask, 0.7)
+    hidden = ppo.response_hidden(net.model, batch.tokens, batch.mask, batch.response_mask)
     expected = (net.lm_head(hidden).double() / 0.7).log_softmax(-1)
     response = batch.tokens[:, batch.prompt_columns :][batch.response_mask]
     assert logprobs.dtype == entropy.dtype == torch.float32
@@ -471,7 +478,7 @@ def test_14_losses_entropy_kl_and_clip_fraction_are_means_over_real_tokens(batch
 
 
 def test_14_logged_kl_is_a_sum_over_a_response_and_a_mean_over_real_tokens(spy):
-    trainer, rewards = make(), spy(ppo, "compute_rewards")
+    trainer, rewards = make(batch=24), spy(ppo, "compute_rewards")
     metrics = [trainer.step()[0] for _ in range(2)][1]
     (_, logprobs, ref, mask, _), _ = rewards[1]
     kl = (logprobs - ref)[mask].tolist()
@@ -485,7 +492,7 @@ def test_15_advantages_are_whitened_after_returns_are_made_under_the_mask_with_b
     updates = spy(trainer, "update")
     trainer.step()
     (_, values, mask, *gamma_lambda), (advantages, returns) = gae[0]
-    (_, whitened, used_returns, _), _ = updates[0]
+    (_, whitened, used_returns, *_), _ = updates[0]
     assert torch.equal(used_returns, (advantages + values) * mask) and torch.equal(used_returns, returns)
     assert gamma_lambda == [0.9, 0.8]
     chosen = advantages[mask]
@@ -630,8 +637,9 @@ def test_22_the_critic_reads_the_ids_that_the_actor_reads():
     trainer, read = make(minibatches=2, microbatch=3), {"actor": [], "critic": []}
     for name, rows in read.items():
         getattr(trainer, name).model.register_forward_pre_hook(lambda _, args, rows=rows: rows.append(args[0]))
-    batch = trainer.sample([Prompt(p) for p in PROMPTS])
-    read["actor"].clear()
+    batch = sampled(trainer, [Prompt(p) for p in PROMPTS])
+    for rows in read.values():
+        rows.clear()
     zeros = torch.zeros(batch.response_mask.shape)
     trainer.update(batch, zeros, zeros, zeros)
     assert len(read["actor"]) > 1 and all(torch.equal(a, b) for a, b in zip(read["actor"], read["critic"], strict=True))
@@ -647,8 +655,8 @@ def test_22_the_recipe_gives_the_critic_the_policys_vocabulary(stages):
 
 def test_23_rollouts_are_sampled_each_with_its_own_noise():
     trainer, prompts = make(), [Prompt([5, 6, 7])] * 8
-    first, second = ([r for _, r in rows_of(trainer.sample(prompts))] for _ in range(2))
-    again = [r for _, r in rows_of(make().sample(prompts))]
+    first, second = ([r for _, r in rows_of(sampled(trainer, prompts))] for _ in range(2))
+    again = [r for _, r in rows_of(sampled(make(), prompts))]
     assert first == again != second  # the seed decides, and each rollout draws anew
     assert len({tuple(r) for r in first + second}) > 8
 
