@@ -22,17 +22,15 @@ import operator
 import os
 import re
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import toxicity
 from data import benchmarks
 from dialogues import converse, for_judge, quality, read_answers, read_questions, redundancy, respond  # noqa: F401
-from model import Cache, by_length, generate, pad_left, pad_right
+from model import Cache, by_length, generate, pad_left, pad_right, token_logprobs
 from weights import InputError
 
 # ---------------------------------------------------------------- log-likelihoods
@@ -73,8 +71,7 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=8192):
         cost = [room[m] * len(followers[contexts[m]]) for m in members]
         for batch in by_length(cost, batch_tokens, torch.Generator().manual_seed(0)):
             chosen = [contexts[members[b]] for b in batch]
-            cache = copy(start)
-            cache.keep(torch.zeros(len(chosen), dtype=torch.long, device=model.device))
+            cache = start.copied(torch.zeros(len(chosen), dtype=torch.long, device=model.device))
             groups = [[rows[i][1] for i in followers[c]] for c in chosen]
             at = [i for c in chosen for i in followers[c]]
             sums[at] = continued(model, cache, [c[shared:] for c in chosen], groups).cpu()
@@ -106,22 +103,16 @@ def continued(model, cache, contexts, groups):
     last = model.model(tokens, mask, cache)[:, -1]  # (b, C)
     parents = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=model.device)
     flat = [ids for group in groups for ids in group]
-    sums = token_logprobs(model, last[parents], torch.tensor([ids[0] for ids in flat], device=model.device))
+    sums, _ = token_logprobs(model, last[parents], torch.tensor([ids[0] for ids in flat], device=model.device))
     longer = [i for i, ids in enumerate(flat) if len(ids) > 1]
     if longer:
-        cache.keep(parents[longer])
+        cache = cache.copied(parents[longer])
         tokens, mask = pad_right([flat[i][:-1] for i in longer], model.device)
         targets, _ = pad_right([flat[i][1:] for i in longer], model.device)
         hidden = model.model(tokens, mask, cache)  # (b', L, C)
-        logprobs = token_logprobs(model, hidden[mask], targets[mask])  # (all real tokens,)
+        logprobs, _ = token_logprobs(model, hidden[mask], targets[mask])  # (all real tokens,)
         sums[longer] += logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
     return sums
-
-
-def token_logprobs(model, hidden, ids, rows=512):
-    """Logprob (N,) of the id (N,) that follows each hidden state (N, C); a few rows of logits at a time."""
-    parts = zip(hidden.split(rows), ids.split(rows))
-    return torch.cat([-F.cross_entropy(model.lm_head(h).float(), i, reduction="none") for h, i in parts])
 
 
 # ---------------------------------------------------------------- general tasks

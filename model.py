@@ -15,6 +15,7 @@ padding on the left shifts nothing.
 """
 
 import math
+from copy import copy as shallow_copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -291,6 +292,15 @@ class Cache:
         for layer in range(len(self.keys)):  # one at a time: the copy is not to be as large as the cache
             self.keys[layer, :n], self.values[layer, :n] = self.keys[layer, rows], self.values[layer, rows]
         self.mask[:n], self.positions[:n] = self.mask[rows], self.positions[rows]
+
+    def copied(self, rows):
+        """A cache of its own, whose sequence i has seen what sequence rows[i] of this one has: in any order, and as
+        often as you like."""
+        other = shallow_copy(self)
+        other.keys, other.values = self.keys[:, rows], self.values[:, rows]
+        other.mask, other.positions, other.column = self.mask[rows], self.positions[rows], self.column.clone()
+        other.rows = other.batch = len(rows)
+        return other
 
 
 class Trunk(nn.Module):
