@@ -64,14 +64,17 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=8192):
     sums, contexts = torch.zeros(len(rows)), list(followers)
     room = [len(c) + max(len(rows[i][1]) for i in followers[c]) for c in contexts]
     for shared, members in common_starts(contexts, room, model.config.sliding_window):
-        columns = max(room[m] for m in members)
-        start = Cache(model.config, 1, columns, model.device, model.lm_head.weight.dtype)
+        start = Cache(model.config, 1, shared, model.device, model.lm_head.weight.dtype)
         if shared:
             model.model(torch.tensor([contexts[members[0]][:shared]], device=model.device), None, start)
         cost = [room[m] * len(followers[contexts[m]]) for m in members]
         for batch in by_length(cost, batch_tokens, torch.Generator().manual_seed(0)):
             chosen = [contexts[members[b]] for b in batch]
-            cache = start.copied(torch.zeros(len(chosen), dtype=torch.long, device=model.device))
+            columns = max(room[members[b]] for b in batch)
+            if shared:
+                cache = start.copied(torch.zeros(len(chosen), dtype=torch.long, device=model.device), columns - shared)
+            else:
+                cache = Cache(model.config, len(chosen), columns, model.device, model.lm_head.weight.dtype)
             groups = [[rows[i][1] for i in followers[c]] for c in chosen]
             at = [i for c in chosen for i in followers[c]]
             sums[at] = continued(model, cache, [c[shared:] for c in chosen], groups).cpu()

@@ -293,13 +293,13 @@ class Cache:
             self.keys[layer, :n], self.values[layer, :n] = self.keys[layer, rows], self.values[layer, rows]
         self.mask[:n], self.positions[:n] = self.mask[rows], self.positions[rows]
 
-    def copied(self, rows):
+    def copied(self, rows, room=0):
         """A cache of its own, whose sequence i has seen what sequence rows[i] of this one has: in any order, and as
-        often as you like."""
+        often as you like. `room`: slots to add, where none has been written twice yet."""
         other = shallow_copy(self)
-        other.keys, other.values = self.keys[:, rows], self.values[:, rows]
-        other.mask, other.positions, other.column = self.mask[rows], self.positions[rows], self.column.clone()
-        other.rows = other.batch = len(rows)
+        other.keys, other.values = (F.pad(x[:, rows], (0, 0, 0, room)) for x in (self.keys, self.values))
+        other.mask, other.positions = F.pad(self.mask[rows], (0, room)), self.positions[rows]
+        other.column, other.size, other.rows, other.batch = self.column.clone(), self.size + room, len(rows), len(rows)
         return other
 
 
