@@ -51,12 +51,14 @@ def encode_pair(tokenizer, context, continuation, max_length):
 
 
 @torch.no_grad()
-def loglikelihoods(model, tokenizer, pairs, batch_tokens=8192):
+def loglikelihoods(model, tokenizer, pairs, batch_tokens=0):
     """Summed logprob (N,) in nats of each continuation after its context, of (context, continuation) texts.
 
     A context is run once, whatever the number of its continuations, and so is what several contexts begin with (the
-    shots of a subject): their keys and values are copied, not computed again. `batch_tokens`: keys held at a time.
+    shots of a subject): their keys and values are copied, not computed again. `batch_tokens`: keys held at a time, by
+    default few on a CPU, which gains nothing by width and loses by padding.
     """
+    batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 32768)
     rows = [encode_pair(tokenizer, *pair, model.config.max_position_embeddings) for pair in pairs]
     followers = {}  # context: the rows that continue it
     for i, (front, _) in enumerate(rows):
@@ -77,7 +79,7 @@ def loglikelihoods(model, tokenizer, pairs, batch_tokens=8192):
                 cache = Cache(model.config, len(chosen), columns, model.device, model.lm_head.weight.dtype)
             groups = [[rows[i][1] for i in followers[c]] for c in chosen]
             at = [i for c in chosen for i in followers[c]]
-            sums[at] = continued(model, cache, [c[shared:] for c in chosen], groups).cpu()
+            sums[at] = continued(model, cache, [c[shared:] for c in chosen], groups, batch_tokens).cpu()
     return sums
 
 
@@ -98,23 +100,24 @@ def common_starts(contexts, room, window, least=64, together=4):
     return out + [(0, others)] * bool(others)
 
 
-def continued(model, cache, contexts, groups):
+def continued(model, cache, contexts, groups, batch_tokens):
     """Summed logprobs of continuations, flat. contexts: id lists (b) that go on from `cache`; groups: for each the id
-    lists that follow it. Two passes: the contexts, whose last position reads off every first token, and the rest of
-    the longer continuations, each on a copy of its context's keys."""
+    lists that follow it. First the contexts, whose last position reads off every first token, then the rest of the
+    longer continuations, each on a copy of its context's keys."""
     tokens, mask = pad_left(contexts, model.device)
     last = model.model(tokens, mask, cache)[:, -1]  # (b, C)
     parents = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=model.device)
     flat = [ids for group in groups for ids in group]
     sums, _ = token_logprobs(model, last[parents], torch.tensor([ids[0] for ids in flat], device=model.device))
     longer = [i for i, ids in enumerate(flat) if len(ids) > 1]
-    if longer:
-        cache = cache.copied(parents[longer])
-        tokens, mask = pad_right([flat[i][:-1] for i in longer], model.device)
-        targets, _ = pad_right([flat[i][1:] for i in longer], model.device)
-        hidden = model.model(tokens, mask, cache)  # (b', L, C)
+    lengths = [len(flat[i]) - 1 for i in longer]
+    for part in by_length(lengths, batch_tokens, torch.Generator().manual_seed(0)) if longer else ():
+        rows = [longer[p] for p in part]
+        tokens, mask = pad_right([flat[i][:-1] for i in rows], model.device)
+        targets, _ = pad_right([flat[i][1:] for i in rows], model.device)
+        hidden = model.model(tokens, mask, cache.copied(parents[rows]))  # (b', L, C)
         logprobs, _ = token_logprobs(model, hidden[mask], targets[mask])  # (all real tokens,)
-        sums[longer] += logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
+        sums[rows] += logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
     return sums
 
 
