@@ -629,29 +629,17 @@ def named(pairs, name):
 
 
 def what_is_asked(o):
-    """The material of --tasks: public tasks below --benchmarks, or the tiny world's, or files of the user's own."""
+    """The material of --tasks: the tiny world's, or public tasks below --benchmarks, and files of the user's own."""
     material = evaluation.Material(samples=o.samples, max_new_tokens=o.max_new_tokens, seed=o.seed)
-    tiny = o.preset == "tiny" and not o.benchmarks
-    if tiny:
+    words = o.toxicity_words or Path(o.benchmarks) / "toxicity/ldnoobw/en"
+    if o.preset == "tiny" and not o.benchmarks:
         known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
         material.questions, material.check = world.load("questions.jsonl")[: o.limit or None], world.check
         material.prompts = benchmarks.first(world.load("toxicity.jsonl"), o.limit)
+        words = o.toxicity_words or world.TINY / "bad_words.txt"
     else:
         known = evaluation.public_tasks(o.benchmarks)
-    chosen = {}
-    for task in o.tasks or ["all"]:
-        name, given, file = task.partition("=")
-        if given and not (name and file):
-            raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
-        if not file and name != "all" and name not in known:
-            raise InputError(
-                f"--tasks: {name} given, all or one of {', '.join(known) or 'none'} expected (--benchmarks)"
-            )
-        chosen |= {name: file} if file else known if name == "all" else {name: known[name]}
-    if not chosen:
-        raise InputError(f"--benchmarks: {o.benchmarks or 'no folder'} given, one with public benchmarks expected")
-    evaluation.load_tasks(material, chosen, o.limit, None if o.shots < 0 else o.shots)
-    words = o.toxicity_words or (world.TINY / "bad_words.txt" if tiny else Path(o.benchmarks) / "toxicity/ldnoobw/en")
+    evaluation.load_tasks(material, o.tasks or ["all"], known, o.limit, None if o.shots < 0 else o.shots)
     material.words = toxicity.read_words(words) if material.prompts else []
     return material
 

@@ -261,8 +261,19 @@ def public_tasks(folder):
     return {name: folder for name in names}
 
 
-def load_tasks(material, chosen, limit=0, shots=None):
-    """Puts the chosen tasks {name: folder or file} into the material."""
+def load_tasks(material, wanted, known, limit=0, shots=None):
+    """Puts the items of the tasks `wanted`, each NAME, NAME=FILE or all, into the material. known: {NAME: the folder
+    or file where it is}."""
+    chosen = {}
+    for task in wanted:
+        name, given, file = task.partition("=")
+        if given and not (name and file):
+            raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
+        if not file and (name not in known and name != "all" or not known):
+            raise InputError(
+                f"--tasks: {name} given, all or one of {', '.join(known) or 'none'} expected (--benchmarks)"
+            )
+        chosen |= {name: file} if file else known if name == "all" else {name: known[name]}
     for name, source in chosen.items():
         if name == "mt_bench":
             path = Path(source) / MT_BENCH if Path(source).is_dir() else source

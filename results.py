@@ -235,7 +235,7 @@ def _draw_bars(axis, results, names, title):
     models = list(results)
     for i, name in enumerate(names):
         xs = [m + (i - (len(names) - 1) / 2) * 0.8 / len(names) for m in range(len(models))]
-        heights = [results[m].get(name, 0.0) for m in models]
+        heights = [results[m].get(name, float("nan")) for m in models]  # nothing is drawn for what was not measured
         bounds = [results[m].get(f"{name}_ci", [h, h]) for m, h in zip(models, heights)]
         errors = [[h - b[0] for h, b in zip(heights, bounds)], [b[1] - h for h, b in zip(heights, bounds)]]
         axis.bar(xs, heights, 0.8 / len(names), yerr=errors, label=HEADINGS.get(name, name), capsize=2)

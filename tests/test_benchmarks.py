@@ -3,7 +3,6 @@ lm-evaluation-harness, item by item. The files are in ../shared/data; tests that
 absent."""
 
 import json
-import math
 
 import harness
 import pytest
@@ -265,4 +264,4 @@ def test_a_faulty_public_file_is_refused_by_name(task, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name.rpartition("/")[2].replace("valid.jsonl", "valid-labels.lst")) as e:
         benchmarks.load(task, tmp_path)
-    assert "\n" not in str(e.value) and math.isfinite(len(str(e.value)))
+    assert "\n" not in str(e.value)

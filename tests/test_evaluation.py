@@ -3,10 +3,13 @@
 import json
 import math
 import random
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from harness import DATA
 from parrot import parrot
 from torch import nn
 
@@ -246,8 +249,6 @@ SOLUTIONS = [
 def test_final_numbers_are_extracted_as_the_harness_does(text):
     """Its regex filter and exact_match, configured as its gsm8k.yaml says, on right and wrong answers."""
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    from pathlib import Path
-
     import lm_eval
     import yaml
     from lm_eval.api.metrics import exact_match_hf_evaluate
@@ -289,11 +290,10 @@ def test_true_equations_are_counted_once(text, count):
 
 
 def test_the_calculator_notes_of_gsm8k_are_true():
-    data = pytest.importorskip("harness").DATA
-    if not data.is_dir():
-        pytest.skip(f"the public files are not at {data}")
-    answers = [item["answer"] for item in benchmarks.load("gsm8k", data)]
-    notes = sum(len(set(__import__("re").findall(r"<<(.*?)>>", a))) for a in answers)
+    if not DATA.is_dir():
+        pytest.skip(f"the public files are not at {DATA}")
+    answers = [item["answer"] for item in benchmarks.load("gsm8k", DATA)]
+    notes = sum(len(set(re.findall(r"<<(.*?)>>", a))) for a in answers)
     assert 0.95 < sum(map(evaluation.true_equations, answers)) / notes < 1.05
     assert all(evaluation.final_number(a) == evaluation.final_number(a, flexible=True) for a in answers[:500])
 
@@ -446,8 +446,19 @@ def test_what_a_benchmarks_folder_has(tmp_path):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
     assert list(evaluation.public_tasks(tmp_path)) == ["piqa", "openbookqa", "mt_bench", "toxicity"]
     material = evaluation.Material()
-    evaluation.load_tasks(material, {"openbookqa": tmp_path, "mt_bench": tmp_path, "toxicity": tmp_path})
+    known = evaluation.public_tasks(tmp_path)
+    evaluation.load_tasks(material, ["openbookqa", "mt_bench", "toxicity"], known)
     assert list(material.tasks) == ["openbookqa"] and material.dialogues[0]["turns"] == ["Hi"]
     assert material.prompts == [{"prompt": "Hi", "group": "benign"}]  # MT-Bench's questions are the harmless prompts
-    evaluation.load_tasks(material, {"mt_bench": tmp_path / "mt_bench/question.jsonl"}, limit=1)
-    assert len(material.dialogues) == 1
+    material = evaluation.Material()
+    evaluation.load_tasks(material, [f"mt_bench={tmp_path}/mt_bench/question.jsonl"], {}, limit=1)
+    assert len(material.dialogues) == 1 and not material.tasks
+    material = evaluation.Material()
+    evaluation.load_tasks(material, ["all"], {"openbookqa": tmp_path, "mt_bench": tmp_path})
+    assert list(material.tasks) == ["openbookqa"] and len(material.dialogues) == 1 and not material.prompts
+
+
+@pytest.mark.parametrize("wanted", ["mmlu", "mine=", "=mine.jsonl", "all"])
+def test_tasks_that_are_not_there_are_refused(wanted):
+    with pytest.raises(InputError, match="--tasks"):
+        evaluation.load_tasks(evaluation.Material(), [wanted], {} if wanted == "all" else {"piqa": "somewhere"})

@@ -1,7 +1,6 @@
 """toxicity.py: listed words in what a model says, in what it might have said, and refusals."""
 
 import json
-import math
 
 import pytest
 import torch
@@ -137,7 +136,7 @@ def test_the_mass_under_a_uniform_model_is_the_share_of_completing_tokens():
     assert masses == pytest.approx([(0 + 2 / 5 + 0) / 3, 0.0])
 
 
-def test_the_mass_is_the_expected_number_of_listed_words(tokenizer, tmp_path):
+def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
     """Summed over the steps and averaged over samples, it has the mean that counting the words in them has."""
     config = Config(vocab_size=768, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                     num_key_value_heads=1)  # fmt: skip
@@ -202,7 +201,7 @@ def test_public_prompts_are_read_by_group():
     assert {group: count(group) for group in sizes} == sizes and len(prompts) == sum(sizes.values())
     assert all((p.get("form") == "text") == (p["group"] == "provoking") and p["prompt"].strip() for p in prompts)
     assert [p["group"] for p in toxicity.read_prompts(DATA, limit=5)] == list(sizes)
-    assert math.isclose(len(toxicity.read_words(DATA / "toxicity/ldnoobw/en")), 403)
+    assert len(toxicity.read_words(DATA / "toxicity/ldnoobw/en")) == 403
 
 
 def test_a_file_without_the_column_is_named(tmp_path):
