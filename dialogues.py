@@ -244,9 +244,16 @@ def write_judgements(path, judge, model, judged, said, scores):
     _write_lines(path, kept + rows)
 
 
+def by_question(values, answers):
+    """A value a question, the mean over its turns, of a value a turn: the turns of a question are not independent,
+    and intervals are over what is. Questions without answers have none."""
+    left = iter(values)
+    return [sum(next(left) for _ in turns) / len(turns) for turns in answers if turns]
+
+
 def judge_models(folder, questions, answers, rewards, judge=None, templates=None):
-    """Writes every model's answers and judgements below `folder`, and returns {model: {metric: values}}: `mt_bench`,
-    the judge's score of each turn, and for all but the first model `win_rate` against it, a value a question.
+    """Writes every model's answers and judgements below `folder`, and returns {model: {metric: a value a question}}:
+    `mt_bench`, the judge's score, and for all but the first model `win_rate` against it.
 
     answers: {model: a list of texts, one a turn, for each question; empty where it has none}; rewards: {model: a
     number a turn}, or {}; judge: [Judged] -> a number or FastChat's words for each. Wins are by the judge's score, or
@@ -264,7 +271,7 @@ def judge_models(folder, questions, answers, rewards, judge=None, templates=None
             write_judgements(folder / f"model_judgment/{name}_single.jsonl", name, model, judged, said, scores)
             scored[model] = judged, scores
         if judge:
-            values[model]["mt_bench"] = [s for s in scored[model][1] if s is not None]
+            values[model]["mt_bench"] = mean_scores(*scored[model])
         first = next(iter(answers))
         if model != first and model in scored and first in scored:
             values[model]["win_rate"] = wins(*scored[model], *scored[first])
@@ -282,3 +289,12 @@ def wins(judged, scores, other_judged, other_scores):
         if score is not None and other is not None:
             outcomes.setdefault(text.question_id, []).append((score > other) + 0.5 * (score == other))
     return [sum(v) / len(v) for v in outcomes.values()]
+
+
+def mean_scores(judged, scores):
+    """A value a question: the mean of its turns' scores, without those that are None."""
+    found = {}
+    for text, score in zip(judged, scores):
+        if score is not None:
+            found.setdefault(text.question_id, []).append(score)
+    return [sum(v) / len(v) for v in found.values()]

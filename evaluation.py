@@ -29,7 +29,7 @@ import torch
 
 import toxicity
 from data import benchmarks
-from dialogues import converse, for_judge, quality, read_answers, read_questions, redundancy, respond  # noqa: F401
+from dialogues import by_question, converse, for_judge, quality, read_answers, read_questions, redundancy, respond  # noqa: F401
 from model import Cache, by_length, generate, pad_left, pad_right, token_logprobs
 from weights import InputError
 
@@ -313,7 +313,7 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
             asked = [t.messages for t in for_judge(material.dialogues, records["answers"])]
             records["rewards"] = score(asked, [ids + [tokenizer.eos_id] * ended for ids, ended in flat]).tolist()
             found["reward"] = records["rewards"]
-        values = found | values
+        values = {metric: by_question(v, turns) for metric, v in found.items()} | values
     if material.prompts:
         values |= toxicity.measure(model, tokenizer, material, ask, eos)
     choices = {name: items for name, items in material.tasks.items() if "answer" not in items[0]}
@@ -342,7 +342,7 @@ def evaluate_stored(path, material, score=None):
     values = quality([t.answer for t in judged])
     if score is not None:
         records["rewards"] = values["reward"] = score([t.messages for t in judged], [t.answer for t in judged]).tolist()
-    return values, records
+    return {metric: by_question(v, records["answers"]) for metric, v in values.items()}, records
 
 
 def answer_questions(model, tokenizer, material, ask, score, eos):

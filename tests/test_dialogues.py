@@ -210,9 +210,9 @@ def test_answers_and_judgements_are_fastchats_files_and_wins_are_counted(tmp_pat
     for _ in range(2):  # a second run replaces its own lines
         found = dialogues.judge_models(tmp_path, QUESTIONS, answers, {}, judge)
     assert found == {
-        "one": {"mt_bench": [1, 1, 1, 2, 2]},
-        "two": {"mt_bench": [3, 1, 4, 4, 1], "win_rate": [0.75, 1.0, 0.0]},
-        "stored": {"mt_bench": [1, 2], "win_rate": [0.5]},
+        "one": {"mt_bench": [1, 1.5, 2]},
+        "two": {"mt_bench": [2, 4, 1], "win_rate": [0.75, 1.0, 0.0]},
+        "stored": {"mt_bench": [1.5], "win_rate": [0.5]},
     }
     rows = lines(tmp_path / "model_answer/two.jsonl")
     assert [set(r) for r in rows] == [{"question_id", "answer_id", "model_id", "choices", "tstamp"}] * 3
@@ -235,7 +235,7 @@ def test_a_turn_that_a_judge_could_not_score_is_left_out(tmp_path):
     answers = {"one": [["a", "b"]], "two": [["c", "d"]]}
     judge = lambda texts: ["no idea" if t.answer == "d" else "[[5]]" for t in texts]
     found = dialogues.judge_models(tmp_path, QUESTIONS[:1], answers, {}, judge)
-    assert found == {"one": {"mt_bench": [5, 5]}, "two": {"mt_bench": [5], "win_rate": [0.5]}}
+    assert found == {"one": {"mt_bench": [5]}, "two": {"mt_bench": [5], "win_rate": [0.5]}}
     assert [r["score"] for r in lines(tmp_path / "model_judgment/judge_single.jsonl")] == [5, 5, 5, -1]
 
 

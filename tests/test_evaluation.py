@@ -428,7 +428,8 @@ def test_stored_answers_are_measured_as_far_as_they_can_be(tmp_path):
     score = lambda dialogues, texts: torch.tensor([float(len(d) + len(t)) for d, t in zip(dialogues, texts)])
     values, records = evaluation.evaluate_stored(tmp_path / "a.jsonl", material, score)
     assert records["answers"] == [[], [], ["So. So.", "Done."]]
-    assert values["redundancy"] == [0.5, 0.0] and values["reward"] == records["rewards"] == [1 + 7, 3 + 5]
+    assert records["rewards"] == [1 + 7, 3 + 5]
+    assert values["redundancy"] == [0.25] and values["reward"] == [8]  # a value a question
     assert "length" not in values
     material.dialogues = MT_QUESTIONS[:2]
     with pytest.raises(InputError, match=r"a\.jsonl: it answers none of the 2 questions"):
