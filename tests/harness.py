@@ -79,6 +79,47 @@ def truthfulqa(n):
     return [{"question": r["Question"], "mc1_targets": {"choices": [closed(a) for a in answers(r)]}} for r in rows]
 
 
+def siqa(n):
+    rows = []
+    for row in jsonl("siqa/siqa.jsonl")[:n]:
+        context, question, _, a, b, _ = row["query"].split("\n")
+        said = [line.split(" ", 1)[1] for line in (context, question, a, b)]
+        rows.append(dict(zip(("context", "question", "answerA", "answerB"), said), label=row["gold"] + 1))
+    return rows
+
+
+def commonsenseqa(n):
+    rows = []
+    for row in jsonl("commonsenseqa/commonsense_qa.jsonl")[:n]:
+        question, _, *lettered = row["query"].removeprefix("Question: ").removesuffix("\nAnswer:").split("\n")
+        texts = [line[3:] for line in lettered]
+        rows.append({"question": question, "choices": {"text": texts}, "answerKey": "ABCD"[row["gold"]]})
+    return rows
+
+
+def winograd(n):
+    """As WinoGrande's data set has it: a sentence with a gap, and what may fill it."""
+    rows = []
+    for row in jsonl("winograd/winograd_wsc.jsonl")[:n]:
+        first, second = row["context_options"]
+        same = os.path.commonprefix([first, second])
+        same = same[: same.rfind(" ") + 1]
+        options = {"option1": first[len(same) :], "option2": second[len(same) :]}
+        rows.append({"sentence": f"{same}_ {row['continuation']}", **options, "answer": str(row["gold"] + 1)})
+    return rows
+
+
+def agieval(n, name="aqua-rat"):
+    """`query` as the hub's data set has it, which AGIEval's authors' code makes."""
+    rows = []
+    for row in jsonl(f"agieval/v1/{name}.jsonl")[:n]:
+        options = row["options"]
+        query = f"{row['passage'] or ''}Q: {row['question']} Answer Choices: {' '.join(options)}"
+        query += f"\nA: Among A through {chr(64 + len(options))}, the answer is"
+        rows.append({"query": query, "choices": options, "gold": ["ABCDE".index(row["label"])]})
+    return rows
+
+
 def bbh(task, n):
     return json.loads((DATA / f"bbh/bbh/{task}.json").read_text())["examples"][:n]
 
@@ -94,6 +135,17 @@ TASKS = {  # task of the table: (the harness's yaml, below its tasks folder; wha
     "piqa": ("piqa/piqa.yaml", piqa),
     "hellaswag": ("hellaswag/hellaswag.yaml", hellaswag),
     "truthfulqa": ("truthfulqa/truthfulqa_mc1.yaml", truthfulqa),
+    "agieval": ("agieval/aqua-rat.yaml", agieval),
+    "siqa": ("siqa/siqa.yaml", siqa),
+    "commonsenseqa": ("commonsense_qa/default.yaml", commonsenseqa),
+    "winograd": ("winogrande/default.yaml", winograd),
+}
+LETTERED = "".join(f"\\n{letter}. {{{{choices['text'][{i}]}}}}" for i, letter in enumerate("ABCD"))
+MORE = {  # lines that our files make necessary
+    "hellaswag": "process_docs: null\n",  # ours has been through it already
+    "siqa": 'doc_to_choice: "{{[answerA, answerB]}}"\n',  # 2 of the 3 choices
+    "commonsenseqa": f'doc_to_text: "Question: {{{{ question.strip() }}}}{LETTERED}\\nAnswer:"\n'  # 4 of the 5
+    "doc_to_choice: ['A', 'B', 'C', 'D']\n",
 }
 BBH_TASKS = ("boolean_expressions", "date_understanding", "ruin_names")
 SUBJECTS = ("anatomy", "world_religions")
@@ -132,8 +184,7 @@ def local_tasks(folder, wanted):
             write(task, "gsm8k/gsm8k.yaml", {"test": gsm8k(5, n), "dev": gsm8k(0, 5)}, more)
         else:
             yaml, rows = TASKS[task]
-            more = "process_docs: null\n" if task == "hellaswag" else ""  # our file has been through it already
-            write(task, yaml, {"test": rows(n)}, more)
+            write(task, yaml, {"test": rows(n)}, MORE.get(task, ""))
     return names
 
 

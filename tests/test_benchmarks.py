@@ -31,7 +31,7 @@ def compared(folder, tmp_path, wanted):
         if task == "gsm8k":
             continue
         items = benchmarks.load(task, DATA)
-        names = {"mmlu": harness.SUBJECTS, "bbh": harness.BBH_TASKS}.get(task, (items[0]["group"],))
+        names = {"mmlu": harness.SUBJECTS, "bbh": harness.BBH_TASKS}.get(task, (items[0]["group"],))  # aqua-rat first
         count, apart, differ = 0, 0.0, 0
         for name, samples in zip(names, groups, strict=True):
             ours = [item for item in items if item["group"] == name][: len(samples)]
@@ -63,11 +63,15 @@ def test_scores_are_the_harness_s_item_by_item(tmp_path):
         "openbookqa": 8,
         "boolq": 6,
         "truthfulqa": 3,
+        "agieval": 3,
+        "siqa": 8,
+        "commonsenseqa": 8,
+        "winograd": 8,
     }
     figures = compared(world.TINY / "base", tmp_path, wanted)
     report(figures)
-    assert set(figures) == set(wanted)
-    assert all(apart < 1e-3 and differ == 0 for _, apart, differ in figures.values()), figures
+    assert set(figures) == set(wanted)  # sums reach -1500 nats here
+    assert all(apart < 2e-3 and differ == 0 for _, apart, differ in figures.values()), figures
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,8 @@ def smollm2():
 @pytest.mark.real
 def test_scores_are_the_harness_s_item_by_item_on_real_weights(smollm2, tmp_path):
     wanted = {"mmlu": 8, "bbh": 5, "arc_easy": 25, "hellaswag": 25, "piqa": 25, "openbookqa": 25, "boolq": 15}
-    figures = compared(smollm2, tmp_path, wanted | {"truthfulqa": 10})
+    wanted |= {"truthfulqa": 10, "agieval": 10, "siqa": 25, "commonsenseqa": 25, "winograd": 25}
+    figures = compared(smollm2, tmp_path, wanted)
     report(figures)
     assert all(apart < 1e-3 and differ == 0 for _, apart, differ in figures.values()), figures
 
@@ -147,19 +152,7 @@ def test_gold_is_not_always_at_one_place():
 
 @needs_data
 def test_prompts_that_the_files_spell_otherwise():
-    """No local task of the harness reads these files; what it would ask is written out by hand from its yaml."""
-    item = benchmarks.load("siqa", DATA, limit=1)[0]
-    where = "Tracy didn't go home that evening and resisted Riley's attacks."
-    assert benchmarks.pairs(item)[1] == (
-        f"Q: {where} What does Tracy need to do before this?\nA:",
-        " Find somewhere to go",
-    )
-    item = benchmarks.load("commonsenseqa", DATA, limit=1)[0]
-    asked = (
-        "A revolving door is convenient for two direction travel, but it also serves as a security measure at a what?"
-    )
-    lettered = "A. bank\nB. department store\nC. mall\nD. new york"
-    assert benchmarks.pairs(item)[item["gold"]] == (f"Question: {asked}\n{lettered}\nAnswer:", " A")
+    """Written out by hand."""
     item = next(i for i in benchmarks.load("agieval", DATA) if i["group"] == "sat-math")
     value = r"Q: If $\frac{x-1}{3}=k$ and $k=3$, what is the value of $x ?$ Answer Choices: (A)2 (B)4 (C)9 (D)10"
     assert benchmarks.pairs(item)[item["gold"]] == (f"{value}\nA: Among A through D, the answer is", " (D)10")
