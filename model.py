@@ -14,6 +14,7 @@ tokens, which stand without a gap in their row. A token's position counts the re
 padding on the left shifts nothing.
 """
 
+import functools
 import math
 from copy import copy as shallow_copy
 from dataclasses import dataclass, fields
@@ -80,6 +81,8 @@ class Config:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean x^2 + eps) * weight (1910.07467)."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -88,10 +91,32 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
 
 
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, which keeps its two inputs for the backward pass and not silu(gate) as well."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        share = gate.sigmoid()
+        silu = gate * share
+        of_gate = torch.addcmul(share, silu, 1 - share).mul_(up).mul_(gradient)  # silu' = share + silu (1 - share)
+        return of_gate, silu.mul_(gradient)
+
+
+@functools.lru_cache
+def frequencies(head_dim, theta, device):
+    """Radians a position (D/2,) of each pair of dimensions: theta^(-2i/D)."""
+    return theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+
+
 def rotary(positions, head_dim, theta):
     """cos and signed sin (B, 1, T, D) in fp32 of each position's angle for each pair of dimensions (i, i + D/2)."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[:, None, :, None].float() * frequency  # (B, 1, T, D/2)
+    angle = positions[:, None, :, None].float() * frequencies(head_dim, theta, positions.device)  # (B, 1, T, D/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
@@ -168,7 +193,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
@@ -613,45 +638,40 @@ def by_length(lengths, tokens, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-class AdamW(torch.optim.AdamW):
-    """AdamW that updates parameters of a smaller dtype through fp32 copies: in bf16 an update of less than 1/256 of
-    a weight would be rounded away."""
-
-    def __init__(self, groups, **more):
-        self.copies = []  # (parameter, its fp32 copy)
-        for group in groups:
-            group["params"] = [self._fp32(p) for p in group["params"]]
-        super().__init__(groups, fused=True, **more)
-
-    def _fp32(self, parameter):
-        if parameter.dtype == torch.float32:
-            return parameter
-        self.copies.append((parameter, parameter.detach().float().requires_grad_()))
-        return self.copies[-1][1]
+def through_fp32(parameters):
+    """(what an optimizer is to train, function that prepares the optimizer) for parameters of which some are of a
+    smaller dtype: those are updated through fp32 copies, since in bf16 an update of less than 1/256 of a weight would
+    be rounded away."""
+    copies = {p: p.detach().float().requires_grad_() for p in parameters if p.dtype != torch.float32}
 
     @torch.no_grad()
-    def step(self):
-        for parameter, copy in self.copies:
+    def before(*_):
+        for parameter, copy in copies.items():
             copy.grad = None if parameter.grad is None else parameter.grad.float()
-        super().step()
-        for parameter, copy in self.copies:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def after(*_):
+        for parameter, copy in copies.items():
             parameter.copy_(copy)
 
-    def zero_grad(self):
-        super().zero_grad(set_to_none=True)
-        for parameter, _ in self.copies:
-            parameter.grad = None
+    def prepare(optimizer):
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+        return optimizer
+
+    return [copies.get(p, p) for p in parameters], prepare
 
 
 def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
     """AdamW and its schedule: linear warm-up over a share of the steps, then a cosine down to `floor` * lr.
     Weight decay on matrices alone."""
-    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    parameters, prepare = through_fp32([p for m in modules for p in m.parameters() if p.requires_grad])
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(groups, lr=lr, betas=betas, eps=eps)
+    optimizer = prepare(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
     first = max(1, round(warmup * steps))
 
     def scale(step):
@@ -736,19 +756,23 @@ def shape_logits(logits, temperature, forbid=()):
 
 
 def sample(logits, temperature, top_p, generator):
-    """One id a row from logits (B, V): argmax at temperature 0, else where the summed probabilities pass a uniform
-    number of (0, 1], which no id of probability 0 does; without a transfer to the host."""
-    if temperature == 0:
-        return logits.argmax(-1)
+    """(ids, logprobs) of one id a row from logits (B, V): the argmax at temperature 0, else where the summed
+    probabilities pass a uniform number of (0, 1], which no id of probability 0 does; without a transfer to the host.
+    The logprobs are those of the full distribution, whatever top_p leaves of it."""
     probs = logits.softmax(-1)
-    if top_p < 1:
-        ordered, ids = probs.sort(-1, descending=True)
-        outside = ordered.cumsum(-1) - ordered >= top_p
-        outside[..., 0] = False  # the likeliest id always stays
-        probs = probs.scatter(-1, ids, ordered.masked_fill(outside, 0.0))
-    below = probs.cumsum(-1)
-    uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)
-    return (below < uniform * below[:, -1:]).sum(-1)
+    if temperature == 0:
+        ids = logits.argmax(-1, keepdim=True)
+    else:
+        kept = probs
+        if top_p < 1:
+            ordered, order = probs.sort(-1, descending=True)
+            outside = ordered.cumsum(-1) - ordered >= top_p
+            outside[..., 0] = False  # the likeliest id always stays
+            kept = probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
+        below = kept.cumsum(-1)
+        uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)
+        ids = (below < uniform * below[:, -1:]).sum(-1, keepdim=True)
+    return ids[:, 0], probs.gather(1, ids)[:, 0].log()
 
 
 class Decoder:
@@ -851,14 +875,15 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
     ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
     logits = decoder.prefill(tokens, mask)
+    new = []  # (ids, logprobs) of the steps since `out` was last filled
     for t in range(max_new_tokens):
-        shaped = shape_logits(logits, temperature, forbid)  # (b, V)
-        ids = sample(shaped, temperature, top_p, generator)  # (b,)
-        out[rows, t] = ids
-        if with_logprobs:
-            logprobs[rows, t] = shaped.gather(1, ids[:, None])[:, 0] - shaped.logsumexp(-1)
+        new.append(sample(shape_logits(logits, temperature, forbid), temperature, top_p, generator))  # (b,) each
+        ids = new[-1][0]
         if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
-            note_ends(out, ended, lengths, t // 8 * 8, t + 1, ends, stop)
+            start = t // 8 * 8
+            out[rows, start : t + 1], logprobs[rows, start : t + 1] = (torch.stack(x, 1) for x in zip(*new))
+            new = []
+            note_ends(out, ended, lengths, start, t + 1, ends, stop)
             if ended.all():
                 break
             fewer = decoder.fewer(ended[rows])

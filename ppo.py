@@ -483,7 +483,7 @@ class PPOTrainer:
         scores = (self.score(self.score_fn, prompts, responses) - self.score_mean) / self.score_scale
         shaped = shape_scores(scores, lengths, batch.truncated.cpu(), limit, o.concise, o.truncation_penalty)
         # 4  actor, reference and critic, on the same slice
-        logprobs, old_values, graph = self.read(batch)
+        logprobs, old_values, graphs = self.read(batch)
         batch.read(logprobs, sampled)
         with torch.no_grad():
             ref_logprobs = in_chunks(lambda *rows: self.read_logprobs(self.reference, *rows)[0], batch, o.microbatch)
@@ -493,7 +493,7 @@ class PPOTrainer:
         )
         advantages, returns = compute_gae(rewards, old_values, mask, o.discount, o.gae_lambda)
         # 6  update
-        metrics = self.update(batch, masked_whiten(advantages, mask), returns, old_values, graph)
+        metrics = self.update(batch, masked_whiten(advantages, mask), returns, old_values, graphs)
         # 7  the next limit and the next beta
         self.steps_done += 1
         response_kl, coefficient = kl.sum(1), self.kl_controller.coefficient
@@ -535,69 +535,87 @@ class PPOTrainer:
         return place(self.critic.head(hidden)[:, 0].float(), response_mask)
 
     def read(self, batch):
-        """Logprobs and values (B, R) before the update, and (logprobs, entropy, values) with their graph where one
-        microbatch is the whole first update, whose forward pass this then is; else None."""
-        if self.options.minibatches == 1 and len(batch.tokens) <= self.options.microbatch:
-            rows = batch.tokens, batch.mask, batch.response_mask
-            graph = *self.read_logprobs(self.actor, *rows), self.read_values(*rows)
-            return graph[0].detach(), graph[2].detach(), graph
-        with torch.no_grad():
-            read = lambda *rows: self.read_logprobs(self.actor, *rows)[0]  # noqa: E731
-            return *(in_chunks(f, batch, self.options.microbatch) for f in (read, self.read_values)), None
+        """Logprobs and values (B, R) before the update, and where one microbatch is the whole first update, the
+        graph of that forward pass, which then is the update's own: (logprobs, entropy) of the actor, values of the
+        critic. `microbatch` rows of graph may be alive at a time, so that the critic's is kept where both fit."""
+        rows, size = (batch.tokens, batch.mask, batch.response_mask), self.options.microbatch
+        room = size // len(batch.tokens) if self.options.minibatches == 1 else 0
+        with torch.set_grad_enabled(room >= 1):
+            read = lambda *rows: self.read_logprobs(self.actor, *rows)  # noqa: E731
+            policy = read(*rows) if room >= 1 else (in_chunks(lambda *rows: read(*rows)[0], batch, size), None)
+        with torch.set_grad_enabled(room >= 2):
+            values = in_chunks(self.read_values, batch, size)
+        graphs = policy if room >= 1 else None, values if room >= 2 else None
+        return policy[0].detach(), values.detach(), graphs
 
-    def update(self, batch, advantages, returns, old_values, graph=None):
-        """epochs x minibatches optimizer steps for each of actor and critic; `graph` as `self.read` gave it. Every
+    def update(self, batch, advantages, returns, old_values, graphs=(None, None)):
+        """epochs x minibatches optimizer steps for each of actor and critic; `graphs` as `self.read` gave them. Every
         loss is a sum over a microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
-        o, totals, ratio_first, first = self.options, {}, 1.0, True
+        o, totals, ratio_first = self.options, {}, None
         for _ in range(o.epochs):
             for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
                 count = batch.response_mask[rows].sum()
-                for optimizer in self.optimizers:
-                    optimizer.zero_grad()
-                if graph:
-                    rows = torch.arange(len(rows), device=rows.device)
-                for part in rows.split(o.microbatch):
-                    figures, ratio = self.backward(batch, part, advantages, returns, old_values, count, graph)
-                    if first:  # of the whole first minibatch, the ratio that is farthest from 1
-                        ratio_first = max(ratio_first, ratio, key=lambda r: abs(r - 1))
-                    for name, value in figures.items():
-                        totals[name] = totals.get(name, 0.0) + value
-                for module, optimizer, schedule in zip((self.actor, self.critic), self.optimizers, self.schedules):
-                    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), o.max_grad_norm)
-                    name = "grad_norm" if module is self.actor else "critic_grad_norm"
-                    totals[name] = totals.get(name, 0.0) + norm.item()
-                    optimizer.step()
-                    schedule.step()
-                first, graph = False, None
-        done = o.epochs * o.minibatches
-        return {name: float(value) / done for name, value in totals.items()} | {"ratio_first": ratio_first}
+                policy, value = graphs
+                parts = [
+                    self.policy_backward(batch, part, advantages, count, policy) for part in self.parts(rows, policy)
+                ]
+                if ratio_first is None:  # of the whole first minibatch, the ratio that is farthest from 1
+                    ratio_first = max((p["ratio"] for p in parts), key=lambda r: abs(r - 1))
+                parts.append({"grad_norm": self.optimize(0)})  # whose gradients are gone before the critic's come
+                parts += [
+                    self.value_backward(batch, part, returns, old_values, count, value)
+                    for part in self.parts(rows, value)
+                ]
+                parts.append({"critic_grad_norm": self.optimize(1)})
+                for name, figure in (item for part in parts for item in part.items()):
+                    totals[name] = totals.get(name, 0.0) + figure
+                graphs = (None, None)
+        del totals["ratio"]
+        return {name: x / (o.epochs * o.minibatches) for name, x in totals.items()} | {"ratio_first": ratio_first}
 
-    def backward(self, batch, rows, advantages, returns, old_values, count, graph=None):
-        """Adds the gradients of one microbatch; `graph`: its logprobs, entropy and values, where they are at hand.
-        Returns its share of the minibatch's means, and the ratio that is farthest from 1."""
-        o = self.options
+    def parts(self, rows, graph):
+        """The microbatches of a minibatch; a graph at hand is of all rows in the order of the batch."""
+        return [rows.sort().values] if graph is not None else rows.split(self.options.microbatch)
+
+    def optimize(self, i):
+        """An optimizer step of the actor (0) or the critic (1). Returns the norm that its gradients had."""
+        module = (self.actor, self.critic)[i]
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.options.max_grad_norm)
+        self.optimizers[i].step()
+        self.optimizers[i].zero_grad()
+        module.zero_grad()
+        self.schedules[i].step()
+        return norm.item()
+
+    def policy_backward(self, batch, rows, advantages, count, graph=None):
+        """Adds the actor's gradients of one microbatch; `graph`: its (logprobs, entropy), where they are at hand.
+        Returns its share of the minibatch's means, and as "ratio" the one that is farthest from 1."""
         window = (batch.tokens, batch.mask, batch.response_mask) if graph else batch.window(rows)
-        response_mask = window[2]
-        R = response_mask.shape[1]
-        old, advantages, returns, old_values = (x[rows, :R] for x in (batch.logprobs, advantages, returns, old_values))
-        logprobs, entropy = graph[:2] if graph else self.read_logprobs(self.actor, *window)
-        loss, ratio, clipped = policy_loss(logprobs, old, advantages, response_mask, o.clip)
+        mask = window[2]
+        old, advantages = (x[rows, : mask.shape[1]] for x in (batch.logprobs, advantages))
+        logprobs, entropy = graph or self.read_logprobs(self.actor, *window)
+        loss, ratio, clipped = policy_loss(logprobs, old, advantages, mask, self.options.clip)
         (loss / count).backward()
-        values = graph[2] if graph else self.read_values(*window)
-        critic_loss = value_loss(values, old_values, returns, response_mask, o.value_clip)
-        (critic_loss / count).backward()
-        share = response_mask.sum() / count
-        log_ratio = (logprobs.detach() - old) * response_mask
-        figures = {
+        share = mask.sum() / count
+        log_ratio = (logprobs.detach() - old) * mask
+        return {
             "policy_loss": (loss.detach() / count).item(),
-            "value_loss": (critic_loss.detach() / count).item(),
             "clip_fraction": (clipped * share).item(),
-            "entropy": (masked_mean(entropy.detach(), response_mask) * share).item(),
-            "approx_kl": (masked_mean(ratio - 1 - log_ratio, response_mask) * share).item(),
+            "entropy": (masked_mean(entropy, mask) * share).item(),
+            "approx_kl": (masked_mean(ratio - 1 - log_ratio, mask) * share).item(),
+            "ratio": ratio[mask][(ratio[mask] - 1).abs().argmax()].item(),
         }
-        farthest = ratio[response_mask][(ratio[response_mask] - 1).abs().argmax()].item()
-        return figures, farthest
+
+    def value_backward(self, batch, rows, returns, old_values, count, graph=None):
+        """Adds the critic's gradients of one microbatch; `graph`: its values, where they are at hand."""
+        window = (batch.tokens, batch.mask, batch.response_mask) if graph is not None else batch.window(rows)
+        mask = window[2]
+        old_values, returns = (x[rows, : mask.shape[1]] for x in (old_values, returns))
+        values = self.read_values(*window) if graph is None else graph
+        loss = value_loss(values, old_values, returns, mask, self.options.value_clip) / count
+        loss.backward()
+        return {"value_loss": loss.item()}
 
     def explained(self, values, returns, mask):
         """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than the mean."""

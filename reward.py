@@ -150,6 +150,7 @@ class Trainer:
             scores[part] = self.model.score(*pad_right([rows[i] for i in part], self.model.device))
         chosen, rejected = scores.chunk(2)
         loss = preference_loss(chosen, rejected)
+        self.model.zero_grad()
         self.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)

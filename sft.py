@@ -56,6 +56,7 @@ class Trainer:
         """One optimizer step. Returns {"loss", "grad_norm", "tokens"}: nats a counted token, their number."""
         rows, total = self.batch(), 0.0
         count = sum(sum(m[1:]) for _, m in rows)  # the first token of a row is never predicted
+        self.model.zero_grad()
         self.optimizer.zero_grad()
         for part in by_length([len(ids) for ids, _ in rows], self.batch_tokens // 4, self.generator):
             loss = self.loss([rows[i] for i in part]) / count

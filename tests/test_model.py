@@ -442,7 +442,7 @@ def test_top_p_keeps_the_smallest_sufficient_set(top_p):
     probs = [0.15, 0.5, 0.05, 0.3]
     sets = [s for n in range(1, 5) for s in combinations(range(4), n) if sum(probs[i] for i in s) >= top_p - 1e-6]
     smallest = max((s for s in sets if len(s) == len(sets[0])), key=lambda s: sum(probs[i] for i in s))
-    drawn = sample(torch.tensor(probs).log().expand(2000, 4), 1.0, top_p, torch.Generator().manual_seed(0))
+    drawn = sample(torch.tensor(probs).log().expand(2000, 4), 1.0, top_p, torch.Generator().manual_seed(0))[0]
     assert set(drawn.tolist()) == set(smallest)
 
 
