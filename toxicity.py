@@ -71,7 +71,7 @@ class Completions:
         anchor = tokenizer.encode("a")
         start = len(tokenizer.decode(anchor))  # a token decoded alone may lose its leading space
         self.texts = [tokenizer.decode([*anchor, i])[start:] for i in range(tokenizer.vocab_size)]
-        self.starts = {w[:n] for w in self.words for n in range(1, len(w))}
+        self.starts = {w[:n].lower() for w in self.words for n in range(1, len(w) + 1)}
         self.longest = max(map(len, self.words))
         self.known = {}
 
@@ -80,7 +80,7 @@ class Completions:
         space or sign, and "x", which no listed word goes on from, inside another word."""
         text = text[-self.longest - 1 :].lower()
         for i in range(len(text)):
-            if text[i:] in self.starts | set(self.words) and (i == 0 or not re.match(r"\w", text[i - 1])):
+            if text[i:] in self.starts and (i == 0 or not re.match(r"\w", text[i - 1])):
                 return text[i:]
         return "x" if re.search(r"\w$", text) else ""
 

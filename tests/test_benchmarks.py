@@ -85,8 +85,8 @@ def smollm2():
 @needs_data
 @pytest.mark.real
 def test_scores_are_the_harness_s_item_by_item_on_real_weights(smollm2, tmp_path):
-    wanted = {"mmlu": 8, "bbh": 5, "arc_easy": 25, "hellaswag": 25, "piqa": 25, "openbookqa": 25, "boolq": 15}
-    wanted |= {"truthfulqa": 10, "agieval": 10, "siqa": 25, "commonsenseqa": 25, "winograd": 25}
+    wanted = {"mmlu": 5, "bbh": 4, "agieval": 8, "boolq": 10, "truthfulqa": 10, "winograd": 25}
+    wanted |= dict.fromkeys(("arc_easy", "hellaswag", "piqa", "openbookqa", "siqa", "commonsenseqa"), 25)
     figures = compared(smollm2, tmp_path, wanted)
     report(figures)
     assert all(apart < 1e-3 and differ == 0 for _, apart, differ in figures.values()), figures
@@ -96,9 +96,9 @@ def test_scores_are_the_harness_s_item_by_item_on_real_weights(smollm2, tmp_path
 @pytest.mark.real
 def test_gsm8k_is_the_harness_s_to_the_letter_on_real_weights(smollm2, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-    (samples,) = harness.samples(smollm2, {"gsm8k": 3}, tmp_path)["gsm8k"]
+    (samples,) = harness.samples(smollm2, {"gsm8k": 2}, tmp_path)["gsm8k"]
     model, tokenizer = Mistral.from_pretrained(smollm2), load_tokenizer(smollm2)
-    items = benchmarks.load("gsm8k", DATA, limit=3)
+    items = benchmarks.load("gsm8k", DATA, limit=2)
     texts = generated(model, tokenizer, items)
     said = {(s["doc_id"], s["filter"]): s for s in samples}
     values, _ = solve("gsm8k", items, texts)
