@@ -563,7 +563,7 @@ def test_eval_takes_models_and_tasks_of_ones_own(run, given, tiny, tmp_path):
     } and "reward" not in results["one"]
 
 
-def test_eval_asks_public_tasks_and_judges_dialogues(given, tiny, tmp_path, monkeypatch):
+def test_eval_asks_public_tasks_and_judges_dialogues(run, given, tiny, tmp_path, monkeypatch):
     """A benchmarks folder in place of the world, a judge of one's own, stored answers beside a model."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_judge.py").write_text("def judge(texts):\n    return [f'[[{len(t.answer)}]]' for t in texts]\n")
@@ -576,6 +576,7 @@ def test_eval_asks_public_tasks_and_judges_dialogues(given, tiny, tmp_path, monk
     (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
     models = [f"one={tiny / 'base'}", f"long={tmp_path / 'long.jsonl'}"]
     more = ["--tasks", "openbookqa", "mt_bench", "--limit", "3", "--shots", "1", "--judge", "my_judge:judge"]
+    more += ["--reward-model", run.folder / "reward"]
     folder = tmp_path / "run"
     done = main("--stage", "eval", "--out", folder, *given, "--benchmarks", tmp_path, "--models", *models, *more)
     assert done.code == 0, done.err
@@ -585,6 +586,10 @@ def test_eval_asks_public_tasks_and_judges_dialogues(given, tiny, tmp_path, monk
     items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
     assert [(i["model"], i["task"], i["gold"]) for i in items] == [("one", "openbookqa", gold) for gold in (1, 0, 1)]
     assert {p.name for p in (folder / "mt_bench/model_answer").iterdir()} == {"one.jsonl", "long.jsonl"}
+    lines = (folder / "mt_bench/model_judgment/reward_single.jsonl").read_text().splitlines()
+    rewards = [(r["model"], r["turn"], r["score"]) for r in map(json.loads, lines)]
+    assert [r[:2] for r in rewards] == [("one", 1), ("one", 2), ("long", 1), ("long", 2)]
+    assert results["long"]["reward"] == pytest.approx((rewards[2][2] + rewards[3][2] - rewards[0][2] - rewards[1][2]) / 2)
     assert (folder / "results.png").read_bytes().startswith(b"\x89PNG") and (folder / "results.md").read_text() in done.out
 
 
