@@ -30,9 +30,12 @@ from tqdm import tqdm
 import evaluation
 import merge
 import ppo
+import results
 import reward
 import sft
-from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+import toxicity
+from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from dialogues import judge_models
 from hf_tokenizer import companions
 from model import Adapter, Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
@@ -65,7 +68,13 @@ class Options(ppo.PPOOptions):
     prompts: str = option("", "prompts of PPO, a file or folder")
     instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
     models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+")
-    tasks: list = option((), "general tasks of eval, each NAME=FILE (default: the tiny world's)", nargs="+")
+    tasks: list = option((), "tasks of eval, each NAME, NAME=FILE or all (default: all)", nargs="+")
+    benchmarks: str = option("", "folder of public benchmarks, whose tasks eval then asks in place of the tiny world's")
+    limit: int = option(0, "items eval takes of each task (default: all)", least=0)
+    shots: int = option(-1, "solved examples in front of each item (default: as the task asks for)", least=-1)
+    samples: int = option(4, "continuations a prompt, where eval measures toxicity", least=1)
+    judge: str = option("", "module:function that judges MT-Bench: prompts of FastChat -> a score or its words each")
+    toxicity_words: str = option("", "the listed words, one a line (default: LDNOOBW of --benchmarks)")
     steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
     seed: int = option(0, "everything random comes from it", least=0, most=2**62)
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
@@ -481,12 +490,12 @@ def make_limit(o):
     )  # fmt: skip
 
 
-def reward_scorer(run, tokenizer, over=None):
+def reward_scorer(run, tokenizer=None, over=None):
     """score(dialogues, responses) -> raw scores (B,) of the reward model, or None where there is none.
 
     A response is an id list of `tokenizer`, and is read as it was sampled; a reward model with another tokenizer
-    gets its text. System prompts are left out: the reward model was trained without. Where it is an adapter of the
-    base that `over` holds in memory, it takes no second copy.
+    gets its text, as of responses that are texts. System prompts are left out: the reward model was trained without.
+    Where it is an adapter of the base that `over` holds in memory, it takes no second copy.
     """
     o = run.o
     folder = Path(o.reward_model or run.folder / "reward")
@@ -495,7 +504,7 @@ def reward_scorer(run, tokenizer, over=None):
     model = reward.RewardModel.adapted(folder, over) if over else None
     model = model or reward.RewardModel.from_pretrained(folder, o.device, run.dtype)
     own = run.tokenizer(folder)
-    shared = own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
+    shared = tokenizer is not None and own.files[0].read_bytes() == tokenizer.files[0].read_bytes()
 
     def score(dialogues, responses):
         rows = []
@@ -504,8 +513,10 @@ def reward_scorer(run, tokenizer, over=None):
             if shared:
                 rows.append(own.encode_chat(messages) + response)
             else:
-                ids, _ = reward.encode_pair(own, messages, tokenizer.decode(response), "", o.max_length)
-                rows.append(ids + [own.eos_id] * (response[-1:] == [tokenizer.eos_id]))
+                stored = isinstance(response, str)
+                text = response if stored else tokenizer.decode(response)
+                ids, _ = reward.encode_pair(own, messages, text, "", o.max_length)
+                rows.append(ids + [own.eos_id] * (stored or response[-1:] == [tokenizer.eos_id]))
         return model.score_rows(rows)
 
     return score
@@ -518,14 +529,19 @@ class Dialogue(str):
     response: str
 
 
-def text_score(name, flag, tokenizer, eos):
-    """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
+def imported(name, flag):
+    """The function of `module:function`."""
     module, _, function = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        call = getattr(importlib.import_module(module), function)
+        return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
         raise InputError(f"{flag}: {name} is not a module:function that can be imported ({e})") from None
+
+
+def text_score(name, flag, tokenizer, eos):
+    """score_fn of `module:function`, which takes a list of `Dialogue` texts and returns a number for each."""
+    call = imported(name, flag)
 
     def score(contexts, responses):
         texts = []
@@ -612,27 +628,53 @@ def named(pairs, name):
     return dict(pair.partition("=")[::2] for pair in pairs)
 
 
+def what_is_asked(o):
+    """The material of --tasks: the tiny world's, or public tasks below --benchmarks, and files of the user's own."""
+    material = evaluation.Material(samples=o.samples, max_new_tokens=o.max_new_tokens, seed=o.seed)
+    words = o.toxicity_words or Path(o.benchmarks) / "toxicity/ldnoobw/en"
+    if o.preset == "tiny" and not o.benchmarks:
+        known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+        material.questions, material.check = world.load("questions.jsonl")[: o.limit or None], world.check
+        material.prompts = benchmarks.first(world.load("toxicity.jsonl"), o.limit)
+        words = o.toxicity_words or world.TINY / "bad_words.txt"
+    else:
+        known = evaluation.public_tasks(o.benchmarks)
+    evaluation.load_tasks(material, o.tasks or ["all"], known, o.limit, None if o.shots < 0 else o.shots)
+    material.words = toxicity.read_words(words) if material.prompts else []
+    return material
+
+
 def evaluate_models(run):
-    """Every model of the run, or of --models, on the same questions: results.json and results.md."""
+    """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and what was
+    said and chosen in examples.json, items.jsonl and mt_bench/."""
     o = run.o
     models = named(o.models, "models")
     models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
-    files = named(o.tasks, "tasks") or {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-    material = dict(questions=world.load("questions.jsonl"), check=world.check, toxicity=world.load("toxicity.jsonl"))
-    material |= dict(bad_words=world.BAD_WORDS, tasks={name: evaluation.read_task(f) for name, f in files.items()})
-    results, examples = {}, {}
+    material, judge = what_is_asked(o), imported(o.judge, "--judge") if o.judge else None
+    measured, records = {}, {}
     bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
     for name, folder in bar:
         bar.set_postfix_str(name)
+        if str(folder).endswith(".jsonl"):
+            measured[name], records[name] = evaluation.evaluate_stored(folder, material, reward_scorer(run))
+            continue
         tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
         # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
         own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
         acts = dict(system=own.get("system_prompt", ""), eos=own.get("eos", True))
-        material |= dict(score=reward_scorer(run, tokenizer), max_new_tokens=o.max_new_tokens, seed=o.seed)
-        *results[name], examples[name] = evaluation.evaluate(model, tokenizer, **material, **acts)
+        score = reward_scorer(run, tokenizer)
+        measured[name], records[name] = evaluation.evaluate(model, tokenizer, material, score=score, **acts)
     run.start()
-    print(evaluation.write_results(run.folder, results))
-    write_json(run.folder / "examples.json", examples)
+    if material.dialogues:
+        of = lambda key: {name: r[key] for name, r in records.items() if key in r}
+        more = dict(judge=judge, templates=evaluation.judge_prompts(o.benchmarks))
+        found = judge_models(run.folder / "mt_bench", material.dialogues, of("answers"), of("rewards"), **more)
+        measured = {name: values | found[name] for name, values in measured.items()}
+    print(results.write_results(run.folder, measured))
+    results.draw_results(run.folder / "results.png", read_json(run.folder / "results.json"))
+    write_json(run.folder / "examples.json", {m: r.get("questions", [])[4:480:60] for m, r in records.items()})
+    rows = [{"model": m, **row} for m, r in records.items() for row in r.get("tasks", [])]
+    world.write_lines(run.folder / "items.jsonl", rows)
 
 
 def report(run):
@@ -640,7 +682,7 @@ def report(run):
     paths = [run.folder / "results.json", run.folder / "sweep.json"]
     found = [read_json(path) if path.exists() else {} for path in paths]
     run.folder.mkdir(parents=True, exist_ok=True)
-    evaluation.draw_report(run.folder / "report.png", run.metrics(), *found)
+    results.draw_report(run.folder / "report.png", run.metrics(), *found)
     print(run.folder / "report.png")
 
 

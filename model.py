@@ -16,6 +16,7 @@ padding on the left shifts nothing.
 
 import functools
 import math
+from copy import copy as shallow_copy
 from dataclasses import dataclass, fields
 
 import torch
@@ -327,6 +328,15 @@ class Cache:
         for layer in range(len(self.keys)):  # one at a time: the copy is not to be as large as the cache
             self.keys[layer, :n], self.values[layer, :n] = self.keys[layer, rows], self.values[layer, rows]
         self.mask[:n], self.positions[:n] = self.mask[rows], self.positions[rows]
+
+    def copied(self, rows, room=0):
+        """A cache of its own, whose sequence i has seen what sequence rows[i] of this one has: in any order, and as
+        often as you like. `room`: slots to add, where none has been written twice yet."""
+        other = shallow_copy(self)
+        other.keys, other.values = (F.pad(x[:, rows], (0, 0, 0, room)) for x in (self.keys, self.values))
+        other.mask, other.positions = F.pad(self.mask[rows], (0, room)), self.positions[rows]
+        other.column, other.size, other.rows, other.batch = self.column.clone(), self.size + room, len(rows), len(rows)
+        return other
 
 
 class Trunk(nn.Module):

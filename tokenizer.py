@@ -324,6 +324,7 @@ class Tokenizer:
     """What `load_tokenizer` returns.
 
     bos_id (None where the family has none), eos_id, pad_id, vocab_size: ints. template: a `Template`.
+    plain_bos: whether BOS goes before plain text by the folder's own settings; `encode` leaves that to its caller.
     stop_strings: text that ends an assistant turn beside EOS. controls: {control token: id}.
     files: the paths that a saved model folder must carry along. own_template: the family of the folder's own chat
     template, or None.
@@ -350,6 +351,7 @@ class Tokenizer:
         self.pad_id = pads[0] if pads else int(self.eos_id == 0)
         adds_bos = [template.bos, metadata.get("add_bos_token"), backend.adds_bos]
         self.chat_bos = next(says for says in adds_bos if says is not None)
+        self.plain_bos = self.bos_id is not None and next(says for says in adds_bos[1:] if says is not None)
         self.stop_strings = tuple(s for s in template.stop_strings if s not in self.controls)
         self._unprinted = set(self.controls.values())
 

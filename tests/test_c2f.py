@@ -197,6 +197,9 @@ REFUSED = [  # arguments, what the line on stderr must name
     (f"--seed {2**70}", "--seed"),
     ("--seed -1", "--seed"),
     ("--device meta", "--device"),
+    ("--limit -1", "--limit"),
+    ("--shots -2", "--shots"),
+    ("--samples 0", "--samples"),
 ]
 
 
@@ -226,6 +229,12 @@ MISSING = [
     ("--stage plus --score judge:length --second-score nowhere:f", "--second-score"),
     ("--stage eval --models it={no}", "none"),
     ("--stage eval --models it={base} --tasks mine={file}", "a_file:1"),
+    ("--stage eval --models it={base} --tasks mine", "--tasks"),
+    ("--stage eval --models it={base} --tasks mine=", "--tasks"),
+    ("--stage eval --models it={base} --benchmarks {no}", "--benchmarks"),
+    ("--stage eval --models it={base} --judge nowhere:f", "--judge"),
+    ("--stage eval --models it={base} --toxicity-words {no}", "none"),
+    ("--stage eval --models it={base} --tasks mt_bench={file}", "a_file:1"),
     ("--stage chat --model {no}", "none"),
     ("--stage reward --held-out 0", "--preferences"),
     ("--stage plus --score judge:length --max-prompt 1", "--prompts"),
@@ -552,6 +561,36 @@ def test_eval_takes_models_and_tasks_of_ones_own(run, given, tiny, tmp_path):
         "general",
         "general_mine",
     } and "reward" not in results["one"]
+
+
+def test_eval_asks_public_tasks_and_judges_dialogues(run, given, tiny, tmp_path, monkeypatch):
+    """A benchmarks folder in place of the world, a judge of one's own, stored answers beside a model."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_judge.py").write_text("def judge(texts):\n    return [f'[[{len(t.answer)}]]' for t in texts]\n")
+    (tmp_path / "openbookqa").mkdir(), (tmp_path / "mt_bench").mkdir()
+    items = [{"query": f"Is it {n}?", "choices": ["yes", "no"], "gold": n % 2} for n in range(4)]
+    (tmp_path / "openbookqa/openbook_qa.jsonl").write_text("".join(json.dumps(i) + "\n" for i in items))
+    question = {"question_id": 1, "category": "math", "turns": ["Hello!", "And you?"]}
+    (tmp_path / "mt_bench/question.jsonl").write_text(json.dumps(question) + "\n")
+    long = {"question_id": 1, "choices": [{"index": 0, "turns": ["long " * 99] * 2}]}
+    (tmp_path / "long.jsonl").write_text(json.dumps(long) + "\n")
+    models = [f"one={tiny / 'base'}", f"long={tmp_path / 'long.jsonl'}"]
+    more = ["--tasks", "openbookqa", "mt_bench", "--limit", "3", "--shots", "1", "--judge", "my_judge:judge"]
+    more += ["--reward-model", run.folder / "reward"]
+    folder = tmp_path / "run"
+    done = main("--stage", "eval", "--out", folder, *given, "--benchmarks", tmp_path, "--models", *models, *more)
+    assert done.code == 0, done.err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["long"]["win_rate"] == 1 and results["long"]["mt_bench"] == 495
+    assert "accuracy" not in results["one"] and "toxicity" not in results["one"] and "general" not in results["long"]
+    items = [json.loads(line) for line in (folder / "items.jsonl").read_text().splitlines()]
+    assert [(i["model"], i["task"], i["gold"]) for i in items] == [("one", "openbookqa", gold) for gold in (1, 0, 1)]
+    assert {p.name for p in (folder / "mt_bench/model_answer").iterdir()} == {"one.jsonl", "long.jsonl"}
+    lines = (folder / "mt_bench/model_judgment/reward_single.jsonl").read_text().splitlines()
+    rewards = [(r["model"], r["turn"], r["score"]) for r in map(json.loads, lines)]
+    assert [r[:2] for r in rewards] == [("one", 1), ("one", 2), ("long", 1), ("long", 2)]
+    assert results["long"]["reward"] == pytest.approx((rewards[2][2] + rewards[3][2] - rewards[0][2] - rewards[1][2]) / 2)
+    assert (folder / "results.png").read_bytes().startswith(b"\x89PNG") and (folder / "results.md").read_text() in done.out
 
 
 def test_chat_answers_each_line_with_the_fine_actor_or_the_model_given(run, given, tiny):
