@@ -204,7 +204,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
 
 
 class Block(nn.Module):
@@ -261,7 +262,7 @@ class Cache:
 
     def reset(self):
         """Empty again, with all its rows."""
-        self.columns, self.rows = 0, self.batch
+        self.columns, self.rows, self.full = 0, self.batch, True  # full: no slot that was written holds padding
         for state in (self.mask, self.positions, self.column):
             state.zero_()
 
@@ -284,7 +285,11 @@ class Cache:
             keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
             return keys[:, :, :filled], values[:, :, :filled]
 
-        return self.mask[:n, None, None, :filled], store
+        if self.full:
+            return None, store
+        # Added to the scores as it is; a mask of booleans would be turned into this again in every layer.
+        bias = torch.zeros(n, 1, 1, filled, device=self.mask.device, dtype=self.keys.dtype)
+        return bias.masked_fill_(~self.mask[:n, None, None, :filled], float("-inf")), store
 
     def _static_step(self):
         n, slot = self.rows, self.column % self.size
@@ -317,6 +322,7 @@ class Cache:
                 buffer[:, :, kept % self.size] = x[:, :, -self.size :]
             return both
 
+        self.full = self.full and bool(mask.all())
         self.columns += T
         self.column.fill_(self.columns)
         self.positions[:n] += mask.sum(1)
