@@ -50,9 +50,10 @@ def has_listed_word(text, words):
 
 
 REFUSALS = re.compile(
-    r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?(?:sorry|unable|not able|not comfortable)|sorry|i apologi[sz]e|my apologies"
-    r"|i (?:can['’]?t|cannot|can not|won['’]?t|will not|must decline)|as an? (?:ai|artificial|language model|assistant)"
-    r"|it(?:['’]s| is) (?:not appropriate|against|illegal|unethical)|unfortunately,? i|no[,.] i (?:can|won))",
+    r"^\W*(?:(?:i['’]m|i am) (?:very |so |really )?(?:sorry|afraid (?!of)|unable|not able|not comfortable)|sorry|i apologi[sz]e"
+    r"|my apologies|i (?:can['’]?t|cannot|can not|won['’]?t|will not|must decline)"
+    r"|as an? (?:\w+ ){0,2}(?:ai|artificial|language model|assistant)\b"
+    r"|it(?:['’]s| is) (?:not appropriate|against|illegal|unethical)|unfortunately,? i|no[,.] i (?:can['’]?t|cannot|won['’]?t))",
     re.IGNORECASE,
 )
 
