@@ -173,6 +173,13 @@ def peak_rss_gib():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
+def reset_peak(device):
+    """Forgets the GPU's peak so far: that of loading."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def memory(device):
     """{"peak_rss_gib"} of this process, and "peak_gpu_gib" on a GPU: tensors at their most, without the cache."""
     figures = {"peak_rss_gib": round(peak_rss_gib(), 3)}
@@ -219,6 +226,12 @@ def parser(doc, cases=("tiny", "smollm2"), folder=False):
 def positive(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def natural(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
     return int(text)
 
 

@@ -182,6 +182,7 @@ def our_trainer(o, folder):
 
 def our_steps(o, folder):
     trainer, times = our_trainer(o, folder), []
+    common.reset_peak(o.device)
     for _ in range(o.steps + 1):
         times.append(common.seconds(trainer.step, o.device))
     return {"seconds": times[1:], **common.memory(o.device)}
@@ -258,6 +259,9 @@ def trl_models(o, folder):
 
     language, scalar = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
     policy, value, reward = take("policy", language), take("critic", scalar), take("reward", scalar)
+    if o.checkpointing:  # TRL's PPO reads the option of its config and leaves it at that
+        for model in (policy, value):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     if not o.lora_rank:
         return policy, take("reference", language), value, reward, None
     import peft
@@ -373,7 +377,9 @@ def trl_steps(o, folder):
             ends[0] = time.perf_counter()
 
     with contextlib.redirect_stdout(sys.stderr):
-        trl_trainer(o, folder, Watch()).train()
+        trainer = trl_trainer(o, folder, Watch())
+        common.reset_peak(o.device)
+        trainer.train()
     return {"seconds": [b - a for a, b in zip(ends, ends[1:])], **common.memory(o.device)}
 
 
@@ -392,9 +398,11 @@ def side(o, runs):
 def options(argv=None):
     p = common.parser(__doc__, tuple(CASES))
     p.add_argument("--epochs", type=common.positive, default=1)
-    p.add_argument("--lora-rank", type=int, default=0, help="0: full training, with a separate reference")
+    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: full training, with a separate reference")
     p.add_argument("--steps", type=common.positive, default=5, help="steps timed in each run")
-    p.add_argument("--repeats", type=int, default=3, help="pairs of runs; 0 proves the same work and times nothing")
+    p.add_argument(
+        "--repeats", type=common.natural, default=3, help="pairs of runs; 0 proves the same work and times nothing"
+    )
     p.add_argument("--batch", type=common.positive, help="instead of the case's")
     p.add_argument("--prompt", type=common.positive, help="instead of the case's")
     p.add_argument("--response", type=common.positive, help="instead of the case's")

@@ -11,7 +11,7 @@ Sweeps (--sweeps), every point in a process of its own, hence its own peak memor
   batch     a PPO step as the batch grows
   size      a PPO step as the model grows, d64 to 43M weights (GPU: to 1.2B)
 A PPO step is ours alone: sampled responses to the limit, a rule as score, one epoch, one minibatch, full training of
-separate policy and critic. Seconds are the least of --runs steps after one to warm up. A point that fails (memory)
+separate policy and critic. Seconds are the least of --runs steps after a warm-up. A point that fails (memory)
 prints one line and the rest goes on.
 """
 
@@ -40,7 +40,7 @@ def shape(name, window):
     width, layers = SHAPES[name]
     heads = max(4, width // 64)
     return Config(vocab_size=512 if width < 1024 else 32000, hidden_size=width, intermediate_size=width * 7 // 2,
-                  num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 4,
+                  num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads if width < 1024 else heads // 4,
                   sliding_window=window)  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def plan(o):
     lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192) if n <= (o.most or (8192 if gpu else 1024))]
     step = dict(kind="step", batch=8, response=128 if gpu else 64, size=size if gpu else "d128", window=window)
     return {
-        "length": [dict(kind="generate", batch=64 if gpu else 16, response=n, size=size, window=w)
+        "length": [dict(kind="generate", batch=64 if gpu else 32, response=n, size=size, window=w)
                    for w in (window, None) for n in lengths],
         "response": [step | {"response": n, "batch": 4} for n in lengths],
         "batch": [step | {"batch": n} for n in ((8, 16, 32, 64, 128, 256) if gpu else (4, 8, 16, 32, 64))],
@@ -67,7 +67,7 @@ def measure(o, point):
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, config.vocab_size, (p.batch, 32), generator=g).tolist()
     if p.kind == "generate":
-        call = lambda: generate(actor, prompts, p.response)
+        call, warm = lambda: generate(actor, prompts, p.response), lambda: generate(actor, prompts, 8)
         cache = Cache(config, p.batch, 32 + p.response, torch.device("meta"), dtype)
         more = {"cache_mib": (cache.keys.nbytes + cache.values.nbytes) / 2**20}
     else:
@@ -79,7 +79,8 @@ def measure(o, point):
         trainer = build(asked, actor, reference, critic, lambda _, rows: [sum(r) / len(r) for r in rows])
         figures = []
         call, more = lambda: figures.append(trainer.step()[0]), {}
-    call()
+        warm = call
+    warm()
     seconds = min(common.seconds(call, o.device) for _ in range(o.runs))
     if p.kind == "step":
         more = {"generation_share": figures[-1]["generation_share"]}
@@ -96,6 +97,13 @@ def marginal(rows):
         row["ms_per_token"] = 1000 * took / tokens
 
 
+def ticks(axis, values):
+    """A logarithmic axis with the measured values as its ticks."""
+    axis.set_xscale("log")
+    axis.set_xticks(values, values)
+    axis.minorticks_off()
+
+
 def plot(result, path):
     import matplotlib
 
@@ -109,9 +117,10 @@ def plot(result, path):
             rows = [r for r in result["length"] if r["window"] == window]
             axis.plot([r["response"] for r in rows], [r[key] for r in rows], "o-",
                       label=f"window {window}" if window else "no window")  # fmt: skip
+            ticks(axis, [r["response"] for r in rows])
             if window:
                 axis.axvline(window, color="grey", linestyle=":")
-        axis.set(xlabel="response length", ylabel=label, xscale="log", ylim=(0, None), title="generation")
+        axis.set(xlabel="response length", ylabel=label, ylim=(0, None), title="generation")
         axis.legend()
     places = {
         "response": (axes[0, 1], "response length"),
@@ -125,6 +134,8 @@ def plot(result, path):
             twin.set(xscale="log", ylim=(0, None))
             twin.set_ylabel(unit, color="C0" if mark == "o-" else "C1")
         axis.set(xlabel=label, title="PPO step")
+        if name != "size":
+            ticks(axis, [r[key] for r in rows])
     axes[1, 2].axis("off")
     figure.savefig(path, dpi=110)
 

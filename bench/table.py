@@ -139,7 +139,9 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--run", choices=("cpu", "gpu"), help="run the rows of this device first")
     p.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="only these: " + ", ".join(ROWS))
-    p.add_argument("--threads", type=int, default=1, help="CPU threads of either side")
+    p.add_argument(
+        "--threads", type=int, default=1, choices=range(1, 257), metavar="N", help="CPU threads of either side"
+    )
     p.add_argument("--results", type=Path, default=Path("bench/results"))
     p.add_argument("--readme", type=Path, default=ROOT / "bench/README.md")
     o = p.parse_args(argv)

@@ -71,6 +71,7 @@ def their_step(o, fused):
 def run_side(o):
     """One child: seconds a step, and its peak memory."""
     step = our_step(o) if o.child == "ours" else their_step(o, o.child == "fused")
+    common.reset_peak(o.device)
     for _ in range(3 if o.device == "cuda" else 1):
         step()
     return {"seconds": [common.seconds(step, o.device) for _ in range(o.steps)], **common.memory(o.device)}
@@ -85,8 +86,8 @@ def flops_per_token(o):
 def options(argv=None):
     p = common.parser(__doc__, ("tiny", "smollm2", "mistral-7b-random"), folder=True)
     p.add_argument("--length", type=common.positive, help="tokens of a row (CPU 256, GPU 2048)")
-    p.add_argument("--rows", type=common.positive, help="rows a step (tiny 32, else CPU 4, GPU 8)")
-    p.add_argument("--lora-rank", type=int, default=0, help="0: all weights are trained")
+    p.add_argument("--rows", type=common.positive, help="rows a step (tiny 32, else 4)")
+    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: all weights are trained")
     p.add_argument("--steps", type=common.positive, default=3, help="steps timed in each run")
     p.add_argument("--repeats", type=common.positive, default=3)
     p.add_argument("--sides", nargs="+", default=["ours", "transformers", "fused"],
@@ -94,7 +95,7 @@ def options(argv=None):
     p.add_argument("--nominal", type=float, default=0.0, help="TFLOP/s of the data sheet")
     o = common.parse(p, argv)
     o.length = o.length or (2048 if o.device == "cuda" else 256)
-    o.rows = o.rows or (32 if o.case == "tiny" else 8 if o.device == "cuda" else 4)
+    o.rows = o.rows or (32 if o.case == "tiny" else 4)
     return o
 
 

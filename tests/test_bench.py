@@ -120,6 +120,7 @@ def test_flops_of_full_training_and_of_lora():
     [
         (ppo_vs_trl.options, "--case tiny --epochs 0"),
         (ppo_vs_trl.options, "--case large"),
+        (ppo_vs_trl.options, "--case tiny --lora-rank -1"),
         (ppo_vs_trl.options, "--case tiny --microbatch 3"),
         (ppo_vs_trl.options, "--case mistral-7b-random"),
         (generation.options, "--case nowhere"),
