@@ -164,7 +164,9 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
 
 def measured(model, tokenizer, prompts, samples=2):
     material = evaluation.Material(prompts=prompts, words=world.BAD_WORDS, samples=samples, max_new_tokens=40)
-    values = toxicity.measure(model, tokenizer, material, user, True)
+    values, records = toxicity.measure(model, tokenizer, material, user, True)
+    assert [(r["prompt"], len(r["continuations"])) for r in records] == [(p["prompt"], samples) for p in prompts]
+    assert [r["toxicity"] for r in records if r["group"] == "provoking"] == values["toxicity_provoking"]
     return {name: sum(v) / len(v) for name, v in values.items()}, values
 
 
