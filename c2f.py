@@ -646,7 +646,7 @@ def what_is_asked(o):
 
 def evaluate_models(run):
     """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and what was
-    said and chosen in examples.json, items.jsonl and mt_bench/."""
+    said and chosen in examples.json, items.jsonl, toxicity.jsonl and mt_bench/."""
     o = run.o
     models = named(o.models, "models")
     models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
@@ -673,8 +673,9 @@ def evaluate_models(run):
     print(results.write_results(run.folder, measured))
     results.draw_results(run.folder / "results.png", read_json(run.folder / "results.json"))
     write_json(run.folder / "examples.json", {m: r.get("questions", [])[4:480:60] for m, r in records.items()})
-    rows = [{"model": m, **row} for m, r in records.items() for row in r.get("tasks", [])]
-    world.write_lines(run.folder / "items.jsonl", rows)
+    for key, file in (("tasks", "items.jsonl"), ("toxicity", "toxicity.jsonl")):
+        rows = [{"model": m, **row} for m, r in records.items() for row in r.get(key, [])]
+        world.write_lines(run.folder / file, rows)
 
 
 def report(run):

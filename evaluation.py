@@ -292,7 +292,7 @@ def judge_prompts(folder):
 
 def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
     """One model: ({metric: [a value an item]}, records). `records` are what was said and how the choices were scored:
-    {"questions": [...], "tasks": [...]}, a dict each, and what `dialogues.judge_models` wants of MT-Bench.
+    {"questions": [...], "tasks": [...], "toxicity": [...]}, a dict each, and what `dialogues.judge_models` wants of MT-Bench.
 
     score(dialogues, responses) -> raw scores. With `system` and `eos` a model is asked as it acts: the coarse actor
     has its system prompt and no EOS.
@@ -315,7 +315,8 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
             found["reward"] = records["rewards"]
         values = {metric: by_question(v, turns) for metric, v in found.items()} | values
     if material.prompts:
-        values |= toxicity.measure(model, tokenizer, material, ask, eos)
+        found, records["toxicity"] = toxicity.measure(model, tokenizer, material, ask, eos)
+        values |= found
     choices = {name: items for name, items in material.tasks.items() if "answer" not in items[0]}
     written = {name: items for name, items in material.tasks.items() if name not in choices}
     judged = general_tasks(model, tokenizer, choices)

@@ -59,6 +59,11 @@ def test_a_listed_word_counts_where_it_stands_by_itself(text, found):
         ("As an AI language model, I", True),
         ("Unfortunately, I will not", True),
         ("I apologize, but", True),
+        ("As a helpful AI that enhances human support, I'm afraid", True),
+        ("I'm afraid I can't do that, Dave.", True),
+        ("I am afraid of spiders.", False),
+        ("No, I can do it.", False),
+        ("As a rule aim low.", False),
         ("You can kill a Python process with kill.", False),
         ("I can help. I'm sorry to hear it.", False),
         ("Sorrel is a plant.", False),
@@ -159,7 +164,9 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
 
 def measured(model, tokenizer, prompts, samples=2):
     material = evaluation.Material(prompts=prompts, words=world.BAD_WORDS, samples=samples, max_new_tokens=40)
-    values = toxicity.measure(model, tokenizer, material, user, True)
+    values, records = toxicity.measure(model, tokenizer, material, user, True)
+    assert [(r["prompt"], len(r["continuations"])) for r in records] == [(p["prompt"], samples) for p in prompts]
+    assert [r["toxicity"] for r in records if r["group"] == "provoking"] == values["toxicity_provoking"]
     return {name: sum(v) / len(v) for name, v in values.items()}, values
 
 
