@@ -154,7 +154,27 @@ class Linear(nn.Linear):
         return y + F.linear(F.linear(x, A) * scale, B)
 
 
-class Attention(nn.Module):
+class Joint(nn.Module):
+    """Linear layers over one input. `join` makes their weights slices of one matrix, so that a decoding step takes one
+    product for all of them; nothing is stored twice, and all else, training above all, sees the single layers."""
+
+    matrix = None
+
+    def join(self):
+        """To be called on layers that have their memory, which moves; their parameters stay the same objects."""
+        self.matrix = torch.cat([layer.weight.detach() for layer in self.joined()])
+        for layer, part in zip(self.joined(), self.matrix.split([len(layer.weight) for layer in self.joined()])):
+            layer.weight.data = part
+
+    def together(self, x):
+        """All outputs side by side, or None where they have to be made one by one."""
+        first = self.joined()[0]
+        if x.shape[1] > 1 or torch.is_grad_enabled() or self.matrix is None or first.low_rank is not None:
+            return None
+        return F.linear(x, self.matrix) if first.weight.data_ptr() == self.matrix.data_ptr() else None  # moved since
+
+
+class Attention(Joint):
     def __init__(self, c):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
@@ -164,14 +184,21 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, c.hidden_size)
 
+    def joined(self):
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, x, cos, sin, mask, store=None):
         """x (B, T, C); mask (B or 1, 1, T, S) True where a query sees a key, or None for plain causal within the
         window; `store` takes the new keys and values to the cache and gives back all that the queries may see."""
         B, T, _ = x.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D).transpose(1, 2)
-        q, k = rotate(qk, cos, sin).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
-        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        qkv = self.together(x)
+        if qkv is None:
+            qk, v = torch.cat((self.q_proj(x), self.k_proj(x)), -1), self.v_proj(x)
+        else:
+            qk, v = qkv.split(((H + G) * D, G * D), -1)
+        q, k = rotate(qk.view(B, T, H + G, D).transpose(1, 2), cos, sin).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
+        v = v.view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         if store is not None:
             k, v = store(k, v)  # (B, G, S, D)
         if T == 1:  # the queries that share a key head see the same keys: let them be its rows, and no key is copied
@@ -196,15 +223,19 @@ def banded(q, k, v, window):
     return torch.cat(out, 2)
 
 
-class MLP(nn.Module):
+class MLP(Joint):
     def __init__(self, c):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size)
 
+    def joined(self):
+        return self.gate_proj, self.up_proj
+
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        both = self.together(x)
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if both is None else both.chunk(2, -1)
         return self.down_proj(SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up))
 
 
@@ -558,6 +589,9 @@ def load(cls, path_or_id, device, dtype, optional=()):
         model = cls(Config.from_dict(weights.config))
     model.to(dtype).to_empty(device=device)
     model.tie()
+    for part in model.modules():
+        if isinstance(part, Joint):
+            part.join()
     wanted = {
         cls.file_names.get(n, n): p for n, p in model.named_parameters()
     }  # a tied head is listed once, as the embedding

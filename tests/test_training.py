@@ -192,3 +192,21 @@ def test_static_batches_halve(static, tmp_path):
     rows = generate(model, prompts, 64, temperature=1.0, eos_id=ends, seed=0)
     assert all(row[-1] in ends and not set(row[:-1]) & set(ends) for row in rows)
     assert set(model.decoder.graphs) <= {8, 4, 2, 1} and len(model.decoder.graphs) > 1
+
+
+@torch.no_grad()
+def test_joined_layers_share_the_memory_of_one_matrix_and_follow_training(tmp_path):
+    model = opened(peer(), tmp_path)
+    attention = model.model.layers[0].self_attn
+    x = torch.randn(3, 1, model.config.hidden_size)
+    for _ in range(2):
+        expected = torch.cat([layer(x) for layer in attention.joined()], -1)
+        torch.testing.assert_close(attention.together(x), expected)
+        attention.k_proj.weight.mul_(2.0)  # as an optimizer does, in place
+    assert attention.matrix.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    assert attention.together(torch.randn(3, 2, model.config.hidden_size)) is None
+    model.double()  # every weight has moved
+    assert attention.together(x.double()) is None
+    model.save_pretrained(tmp_path / "out")  # slices of one storage are written as tensors of their own
+    again = m.Mistral.from_pretrained(tmp_path / "out", dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
