@@ -669,6 +669,7 @@ def through_fp32(parameters):
     def prepare(optimizer):
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
+        optimizer.write_back = after  # for whoever changes the copies by other means than a step
         return optimizer
 
     return [copies.get(p, p) for p in parameters], prepare
@@ -691,6 +692,18 @@ def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0,
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - first) / max(1, steps - first))))
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+
+
+def descend(model, optimizer, schedule, max_grad_norm):
+    """An optimizer step along the gradients of `model`, scaled down to `max_grad_norm`; none where a gradient is NaN
+    or infinite, which would ruin the weights and the moments for good. Returns the norm that the gradients had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
+    if math.isfinite(norm):
+        optimizer.step()
+        schedule.step()
+    model.zero_grad()
+    optimizer.zero_grad()
+    return norm
 
 
 class TokenLogprobs(torch.autograd.Function):
