@@ -217,6 +217,8 @@ def resolve(given, stage):
         raise InputError(f"--limit-weights: {len(o.limit_weights)} given, {len(ppo.CM_FEATURES)} expected")
     if o.minibatches > o.batch:
         raise InputError(f"--minibatches: {o.minibatches} given for a batch of {o.batch}")
+    if o.resume and o.overwrite:
+        raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
     if stage == "pretrain" and o.preset != "tiny":
         raise InputError(f"--stage pretrain: it makes the tiny preset's base, {o.preset} has one already: --model")
     try:
@@ -484,8 +486,8 @@ def text_score(name, flag, tokenizer, eos):
             scores = torch.as_tensor(call(texts), dtype=torch.float32)
         except Exception as e:
             raise InputError(f"{flag}: {name} failed on {len(texts)} texts ({type(e).__name__}: {e})") from e
-        if scores.shape != (len(texts),) or not scores.isfinite().all():
-            raise InputError(f"{flag}: {name} is to return {len(texts)} finite numbers, got {tuple(scores.shape)}")
+        if scores.shape != (len(texts),):
+            raise InputError(f"{flag}: {name} is to return {len(texts)} numbers, got shape {tuple(scores.shape)}")
         return scores
 
     return score

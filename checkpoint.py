@@ -44,7 +44,8 @@ def save(folder, step, state):
 
 def steps(folder):
     """The checkpoints in a folder, oldest first."""
-    return sorted(p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir())
+    found = [p for p in Path(folder).glob("step-*") if re.fullmatch(r"step-\d{6,}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
 
 
 def latest(folder):
