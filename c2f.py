@@ -236,6 +236,15 @@ def required(value, flag):
     return value
 
 
+def rows_of(reader, path, flag):
+    """What a reader of data finds at the path that a flag names, in a list; says what it left out."""
+    rows = reader(required(path, flag))
+    items = list(rows)
+    for reason, count in rows.skipped.items():
+        print(f"{flag}: {count} rows left out, with {reason}")
+    return items
+
+
 # ---------------------------------------------------------------- stages
 
 
@@ -273,13 +282,16 @@ def train_sft(run):
     tokenizer = run.tokenizer(base)
     rows = [
         sft.chat_example(tokenizer, m, o.max_length)
-        for m in read_instructions(required(o.instructions, "--instructions"))
+        for m in rows_of(read_instructions, o.instructions, "--instructions")
     ]
+    rows = [r for r in rows if any(r[1][1:])]  # the first token is never predicted
+    if not rows:
+        raise InputError(f"--instructions: no answer in {o.instructions} begins within {o.max_length} tokens")
     model = Mistral.from_pretrained(base, o.device, run.dtype)
     model.model.checkpointing = o.checkpointing
     if o.lora_rank:
         model = model.sharing(Adapter(model.model, *lora(o), torch.Generator(o.device).manual_seed(o.seed)))
-    trainer = sft.Trainer(model, [r for r in rows if any(r[1])], o.steps, o.train_lr, o.batch_tokens, o.seed)
+    trainer = sft.Trainer(model, rows, o.steps, o.train_lr, o.batch_tokens, o.seed)
     run.start()
     run.loop(run.restore(trainer), {"loss": "loss", "grad_norm": "norm"})
     run.save(model, tokenizer)
@@ -290,7 +302,7 @@ def train_reward(run):
     o = run.o
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
-    rows = list(read_preferences(required(o.preferences, "--preferences")))
+    rows = rows_of(read_preferences, o.preferences, "--preferences")
 
     def encode(part):
         pairs = (reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part)
@@ -390,7 +402,7 @@ def ppo_prompts(o, tokenizer):
     the messages without it, since the reward model was trained on dialogues that had none."""
     prompts, dropped = [], 0
     system = [{"role": "system", "content": o.system_prompt}] if o.system_prompt else []
-    for text in read_prompts(required(o.prompts, "--prompts")):
+    for text in rows_of(read_prompts, o.prompts, "--prompts"):
         messages = [m for m in dialogue(text) if m["role"] != "system" or not system]
         ids = tokenizer.encode_chat(system + messages)
         if len(ids) > o.max_prompt:
@@ -465,8 +477,9 @@ def imported(name, flag):
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({e})") from None
+    except (Exception, SystemExit) as e:  # it may be anything that the module does
+        why = f"{type(e).__name__}: {e}"
+        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({why})") from e
 
 
 def text_score(name, flag, tokenizer, eos):
@@ -484,7 +497,7 @@ def text_score(name, flag, tokenizer, eos):
             texts.append(text)
         try:
             scores = torch.as_tensor(call(texts), dtype=torch.float32)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{flag}: {name} failed on {len(texts)} texts ({type(e).__name__}: {e})") from e
         if scores.shape != (len(texts),):
             raise InputError(f"{flag}: {name} is to return {len(texts)} numbers, got shape {tuple(scores.shape)}")

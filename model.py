@@ -49,6 +49,10 @@ class Config:
     pad_token_id: int | None = None
 
     def __post_init__(self):
+        for f in fields(self)[:6]:
+            size = getattr(self, f.name)
+            if not isinstance(size, int) or size < 1:
+                raise InputError(f"config: {f.name} is {size!r}, a whole number above 0 expected")
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
             heads, groups = self.num_attention_heads, self.num_key_value_heads

@@ -18,7 +18,7 @@ import checkpoint
 from data import world
 from hf_tokenizer import companions
 from tokenizer import load_tokenizer
-from weights import InputError, locate, read_json, sync, write_json
+from weights import InputError, is_model, locate, read_config, read_json, sync, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 ABOUT_THE_CALL = (
@@ -108,8 +108,9 @@ class Run:
 
     def __init__(self, o, stage, lock=None):
         self.o, self.stage, self.folder, self.lock = o, stage, Path(o.out), lock or Lock()
-        if self.folder.is_file():
-            raise InputError(f"--out: {self.folder} is a file, a folder is expected")
+        for path in (self.folder, *self.folder.parents):
+            if path.is_file():
+                raise InputError(f"--out: {path} is a file, a folder is expected")
         self.dtype = getattr(torch, o.dtype)
         self.target, self.checkpoints = target(self.folder, stage), self.folder / "checkpoint" / stage
         self.done, self.found = 0, None
@@ -244,7 +245,13 @@ class Run:
         return rows
 
     def tokenizer(self, folder):
-        return load_tokenizer(locate(folder), self.o.template or None)
+        """The tokenizer in a model's folder. Refused where the model has no embedding for some of its tokens."""
+        folder = locate(folder)
+        tokenizer = load_tokenizer(folder, self.o.template or None)
+        rows = read_config(folder).get("vocab_size") if is_model(folder) else None
+        if rows is not None and tokenizer.vocab_size > rows:
+            raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {rows}")
+        return tokenizer
 
     def save(self, model, tokenizer):
         """The stage's model folder, with the tokenizer's files and the template that it was trained with."""

@@ -65,6 +65,11 @@ def read_json(path):
     return value
 
 
+def is_model(folder):
+    """Whether a folder says what model it holds."""
+    return any((Path(folder) / name).exists() for name in ("config.json", "params.json"))
+
+
 def read_config(folder):
     """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not
     implemented, before any weight is read."""
