@@ -15,9 +15,7 @@ metrics.jsonl. The maths is in model.py, reward.py, sft.py, ppo.py and merge.py.
 import argparse
 import dataclasses
 import importlib
-import json
 import os
-import platform
 import random
 import sys
 import time
@@ -36,11 +34,11 @@ import sft
 import toxicity
 from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
 from dialogues import judge_models
-from hf_tokenizer import companions
 from model import Adapter, Config, Mistral, ScalarModel, fill, initialize
 from ppo import option
-from tokenizer import TEMPLATES, load_tokenizer
-from weights import InputError, locate, read_json, write_json
+from run import Failed, Lock, Run, Stopped, finished, forget, target
+from tokenizer import TEMPLATES
+from weights import InputError, read_json, write_json
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
@@ -83,7 +81,9 @@ class Options(ppo.PPOOptions):
     )
     threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
     overwrite: bool = option(False, "do a stage again whose folder has work in it")
-    resume: bool = option(False, "keep the finished stages of --out and go on with the rest")
+    resume: bool = option(False, "keep the finished stages of --out, go on inside an interrupted one, do the rest")
+    save_every: int = option(50, "steps between checkpoints to go on from; 0: only when a signal stops it", least=0)
+    max_skipped: int = option(5, "steps in a row with gradients that are not finite, after which it stops", least=1)
     debug: bool = option(False, "show the traceback of an error")
     lora_rank: int = option(0, "rank of adapters over one frozen copy of the base; 0 trains whole copies", least=0)
     lora_alpha: float = option(0.0, "an adapter's change is multiplied by alpha / rank (default: 2 * rank)", least=0)
@@ -233,6 +233,8 @@ def resolve(given, stage):
         raise InputError(f"--limit-weights: {len(o.limit_weights)} given, {len(ppo.CM_FEATURES)} expected")
     if o.minibatches > o.batch:
         raise InputError(f"--minibatches: {o.minibatches} given for a batch of {o.batch}")
+    if o.resume and o.overwrite:
+        raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
     if stage == "pretrain" and o.preset != "tiny":
         raise InputError(f"--stage pretrain: it makes the tiny preset's base, {o.preset} has one already: --model")
     try:
@@ -244,85 +246,19 @@ def resolve(given, stage):
     return o
 
 
-# ---------------------------------------------------------------- run folder
-
-
-def target(folder, stage):
-    """What a stage leaves behind when it is done."""
-    return folder / {"eval": "results.json", "report": "report.png", "pretrain": "base"}.get(stage, stage)
-
-
-def finished(folder, stage):
-    made = target(folder, stage)
-    return made.is_file() or (made / "config.json").exists()
-
-
-class Run:
-    """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs."""
-
-    def __init__(self, o, stage):
-        self.o, self.stage, self.folder = o, stage, Path(o.out)
-        if self.folder.is_file():
-            raise InputError(f"--out: {self.folder} is a file, a folder is expected")
-        self.dtype = getattr(torch, o.dtype)
-        self.target = target(self.folder, stage)
-        if stage not in ("eval", "report", "chat") and finished(self.folder, stage) and not o.overwrite:
-            ways = "--overwrite does the stage again, --resume keeps it, another --out leaves it alone"
-            raise InputError(f"--out: {self.target} has work in it; {ways}")
-
-    def start(self):
-        """The first thing written, once the stage has found its input sound: the options, and the logs without
-        the lines of an earlier try."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._rewrite("metrics.jsonl")
-        self._rewrite("samples.jsonl")
-        path = self.folder / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        write_json(path, config | {self.stage: dataclasses.asdict(self.o) | {"versions": versions}})
-
-    def _rewrite(self, name):
-        """Drops the lines of an earlier try at this stage."""
-        path = self.folder / name
-        if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            world.write_lines(path, [line for line in lines if json.loads(line)["stage"] != self.stage])
-
-    def log(self, name, row):
-        with open(self.folder / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"stage": self.stage, **row}) + "\n")
-
-    def loop(self, step, names):
-        """Calls `step()` -> metrics o.steps times under a progress bar that shows `names`, and logs each."""
-        bar = tqdm(range(1, self.o.steps + 1), desc=self.stage, dynamic_ncols=True, file=sys.stdout)
-        for n in bar:
-            metrics = step()
-            self.log("metrics.jsonl", {"step": n, **metrics})
-            bar.set_postfix_str(" ".join(f"{label} {metrics[m]:.3g}" for m, label in names.items()))
-
-    def metrics(self):
-        """{stage: [row]} of everything logged so far."""
-        rows = {}
-        path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            row = json.loads(line)
-            rows.setdefault(row["stage"], []).append(row)
-        return rows
-
-    def tokenizer(self, folder):
-        return load_tokenizer(locate(folder), self.o.template or None)
-
-    def save(self, model, tokenizer):
-        """The stage's model folder, with the tokenizer's files and the template that it was trained with."""
-        c = model.config
-        c.bos_token_id, c.eos_token_id, c.pad_token_id = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        model.save_pretrained(self.target, companions(tokenizer))
-
-
 def required(value, flag):
     if not value:
         raise InputError(f"{flag}: needed by this stage with this preset")
     return value
+
+
+def rows_of(reader, path, flag):
+    """What a reader of data finds at the path that a flag names, in a list; says what it left out."""
+    rows = reader(required(path, flag))
+    items = list(rows)
+    for reason, count in rows.skipped.items():
+        print(f"{flag}: {count} rows left out, with {reason}")
+    return items
 
 
 # ---------------------------------------------------------------- stages
@@ -351,7 +287,7 @@ def pretrain(run):
         model, sft.pretrain_examples(tokenizer, world.corpus(o.seed)), o.steps, o.train_lr, o.batch_tokens, o.seed
     )
     run.start()
-    run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
+    run.loop(run.restore(trainer), {"loss": "loss", "grad_norm": "norm"})
     run.save(model.to(torch.bfloat16), tokenizer)  # a smaller file to commit; stages read it in fp32
 
 
@@ -362,15 +298,18 @@ def train_sft(run):
     tokenizer = run.tokenizer(base)
     rows = [
         sft.chat_example(tokenizer, m, o.max_length)
-        for m in read_instructions(required(o.instructions, "--instructions"))
+        for m in rows_of(read_instructions, o.instructions, "--instructions")
     ]
+    rows = [r for r in rows if any(r[1][1:])]  # the first token is never predicted
+    if not rows:
+        raise InputError(f"--instructions: no answer in {o.instructions} begins within {o.max_length} tokens")
     model = Mistral.from_pretrained(base, o.device, run.dtype)
     model.model.checkpointing = o.checkpointing
     if o.lora_rank:
         model = model.sharing(Adapter(model.model, *lora(o), torch.Generator(o.device).manual_seed(o.seed)))
-    trainer = sft.Trainer(model, [r for r in rows if any(r[1])], o.steps, o.train_lr, o.batch_tokens, o.seed)
+    trainer = sft.Trainer(model, rows, o.steps, o.train_lr, o.batch_tokens, o.seed)
     run.start()
-    run.loop(trainer.step, {"loss": "loss", "grad_norm": "norm"})
+    run.loop(run.restore(trainer), {"loss": "loss", "grad_norm": "norm"})
     run.save(model, tokenizer)
 
 
@@ -379,7 +318,7 @@ def train_reward(run):
     o = run.o
     base = required(o.model, "--model")
     tokenizer = run.tokenizer(base)
-    rows = list(read_preferences(required(o.preferences, "--preferences")))
+    rows = rows_of(read_preferences, o.preferences, "--preferences")
 
     def encode(part):
         pairs = (reward.encode_pair(tokenizer, dialogue(p), c, r, o.max_length) for p, c, r in part)
@@ -393,7 +332,7 @@ def train_reward(run):
     model.trunk.checkpointing = o.checkpointing
     trainer = reward.Trainer(model, train, o.steps, o.train_lr, o.batch_pairs, tokenizer.eos_id, o.seed)
     run.start()
-    run.loop(trainer.step, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
+    run.loop(run.restore(trainer), {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     model.eval()
     figures = reward.accuracy(model, test[: o.test_pairs], tokenizer.eos_id)
     run.log("metrics.jsonl", {"step": o.steps, "held_out": figures})
@@ -418,7 +357,10 @@ def train_ppo(run):
 
     run.start()
     more = dict(second_score=second, describe=describe, seed=o.seed)
-    trainer = ppo.PPOTrainer(actor, reference, critic, prompts, score, make_limit(o), o, o.steps, **endings, **more)
+    make = lambda state: ppo.PPOTrainer(
+        actor, reference, critic, prompts, score, make_limit(o), o, o.steps, **endings, **more, state=state
+    )
+    trainer = run.fitting(make) if run.found else make(None)
 
     def step():
         metrics, samples = trainer.step()
@@ -433,7 +375,7 @@ def train_ppo(run):
     shown = dict(
         reward="reward", kl="KL", length_limit="limit", response_length="length", samples_per_second="samples/s"
     )
-    run.loop(step, shown)
+    run.loop(trainer, shown, step)
     if isinstance(trainer.limit, ppo.ContinuousMaximization):
         held = f"{trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window"
         print(f"length limit {o.length_limit} -> {trainer.limit.limit}: {held}")
@@ -476,7 +418,7 @@ def ppo_prompts(o, tokenizer):
     the messages without it, since the reward model was trained on dialogues that had none."""
     prompts, dropped = [], 0
     system = [{"role": "system", "content": o.system_prompt}] if o.system_prompt else []
-    for text in read_prompts(required(o.prompts, "--prompts")):
+    for text in rows_of(read_prompts, o.prompts, "--prompts"):
         messages = [m for m in dialogue(text) if m["role"] != "system" or not system]
         ids = tokenizer.encode_chat(system + messages)
         if len(ids) > o.max_prompt:
@@ -551,8 +493,9 @@ def imported(name, flag):
     sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({e})") from None
+    except (Exception, SystemExit) as e:  # it may be anything that the module does
+        why = f"{type(e).__name__}: {e}"
+        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({why})") from e
 
 
 def text_score(name, flag, tokenizer, eos):
@@ -570,10 +513,10 @@ def text_score(name, flag, tokenizer, eos):
             texts.append(text)
         try:
             scores = torch.as_tensor(call(texts), dtype=torch.float32)
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             raise InputError(f"{flag}: {name} failed on {len(texts)} texts ({type(e).__name__}: {e})") from e
-        if scores.shape != (len(texts),) or not scores.isfinite().all():
-            raise InputError(f"{flag}: {name} is to return {len(texts)} finite numbers, got {tuple(scores.shape)}")
+        if scores.shape != (len(texts),):
+            raise InputError(f"{flag}: {name} is to return {len(texts)} numbers, got shape {tuple(scores.shape)}")
         return scores
 
     return score
@@ -735,11 +678,11 @@ def given_elsewhere(o, stage, earlier):
     return bool(o.models if stage == "eval" else o.sft_model if earlier == "sft" else "")
 
 
-def run_stage(given, stage):
+def run_stage(given, stage, lock=None):
     """One stage, and on the tiny preset those before it whose output is missing."""
     o = resolve(given, stage)
     folder = Path(o.out)
-    run = Run(o, stage)
+    run = Run(o, stage, lock)
     for earlier in NEEDS.get(stage, ()):
         if finished(folder, earlier) or given_elsewhere(o, stage, earlier):
             continue
@@ -747,7 +690,7 @@ def run_stage(given, stage):
             command = f"python c2f.py --stage {earlier} --preset {o.preset} --out {folder} ..."
             raise InputError(f"--stage {stage}: {folder / earlier} is missing; {command} makes it")
         print(f"{stage} needs {folder / earlier}, which is missing: running --stage {earlier} first")
-        run_stage({k: v for k, v in given.items() if k != "steps"}, earlier)
+        run_stage({k: v for k, v in given.items() if k != "steps"}, earlier, run.lock)
     set_threads(o.threads)
     torch.manual_seed(o.seed)
     started = time.time()
@@ -756,22 +699,52 @@ def run_stage(given, stage):
         print(f"{stage}: {time.time() - started:.0f} s", flush=True)
 
 
+def run_stages(given, stage, lock):
+    """The stage asked for, or all; with --resume those that are finished are kept."""
+    folder = Path(resolve(given, stage).out)
+    for one in IN_ALL if stage == "all" else (stage,):
+        if given.get("resume") and finished(folder, one) and one not in ("eval", "report"):
+            print(f"{one}: kept, {target(folder, one)} is finished")
+            forget(folder, one)
+        else:
+            run_stage(given, one, lock)
+
+
 def main(argv=None):
+    """Runs a command line. Returns its exit status: 0; 2 for a mistake in options or input; 1 for what went wrong on
+    the way; 130 and 143 after SIGINT and SIGTERM. Whatever it is takes one line on stderr."""
     given = vars(build_parser().parse_args(argv))
-    stage = given.get("stage", "all")
+    lock = Lock()
     try:
-        folder = Path(resolve(given, stage).out)
-        for one in IN_ALL if stage == "all" else (stage,):
-            if given.get("resume") and finished(folder, one) and one not in ("eval", "report"):
-                print(f"{one}: kept, {target(folder, one)} is finished")
-            else:
-                run_stage(given, one)
-    except InputError as e:
-        if given.get("debug"):
+        run_stages(given, given.get("stage", "all"), lock)
+        return 0
+    except (Exception, KeyboardInterrupt) as e:
+        if given.get("debug") and not isinstance(e, Stopped):
             raise
-        print(f"c2f.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+        status, line = explain(e)
+        print(f"c2f.py: {line}", file=sys.stderr)
+        return status
+    finally:
+        lock.release()
+
+
+def explain(e):
+    """(exit status, one line that says what went wrong and what to do) of an exception."""
+    said = " ".join(str(e).split())
+    if isinstance(e, InputError):
+        return 2, said
+    if isinstance(e, Stopped):
+        return e.status, said
+    if isinstance(e, KeyboardInterrupt):
+        return 130, "stopped at once; --resume goes on from the last checkpoint, if there is one"
+    if isinstance(e, Failed):
+        return 1, said
+    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
+        smaller = "--microbatch, --batch, --length-limit, --max-length, --batch-tokens; --checkpointing; --lora-rank N"
+        return 1, f"out of memory; what takes less: {smaller} ({said[:100] or type(e).__name__})"
+    if isinstance(e, OSError) and e.filename:
+        return 1, f"{e.filename}: {e.strerror}"
+    return 1, f"{type(e).__name__}: {said} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ import torch
 import toxicity
 from data import benchmarks
 from dialogues import by_question, converse, for_judge, quality, read_answers, read_questions, redundancy, respond  # noqa: F401
-from model import Cache, by_length, generate, pad_left, pad_right, token_logprobs
+from generation import Cache, pad_left, pad_right
+from model import generate
+from training import by_length, token_logprobs
 from weights import InputError
 
 # ---------------------------------------------------------------- log-likelihoods

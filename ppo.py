@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model import generate, make_optimizer, pad_left, pad_right, token_logprobs
+from checkpoint import load_optimizer, optimizer_state
+from generation import pad_left, pad_right
+from model import generate
+from training import descend, make_optimizer, token_logprobs
 from weights import InputError
 
 
@@ -382,7 +385,8 @@ class PPOTrainer:
 
     score_fn(contexts, responses) -> scores (B,), where a response is an id list. second_score, likewise, is
     logged and never trained on; describe(responses) -> a dict of further figures to log. `limit` is one of the
-    controllers above. eos_id None with forbid=(EOS,) is the coarse stage: no ending, anywhere.
+    controllers above. eos_id None with forbid=(EOS,) is the coarse stage: no ending, anywhere. `state`, of an
+    interrupted run with the same arguments, is gone on from.
     """
 
     def __init__(
@@ -402,6 +406,7 @@ class PPOTrainer:
         second_score=None,
         describe=None,
         seed=0,
+        state=None,
     ):
         self.actor, self.reference, self.critic = (
             actor.eval(),
@@ -421,7 +426,31 @@ class PPOTrainer:
             )
         )
         self.order, self.score_mean, self.score_scale, self.steps_done = [], 0.0, 1.0, 0
-        self.calibrate()
+        if state is None:
+            self.calibrate()
+        else:
+            self.load(state)
+
+    PLAIN = ("order", "score_mean", "score_scale", "steps_done")
+
+    def state(self):
+        """Everything that changes while it trains, for a checkpoint: see checkpoint.py."""
+        return {name: getattr(self, name) for name in self.PLAIN} | {
+            "trained": [optimizer_state(*pair) for pair in zip(self.optimizers, self.schedules)],
+            "generator": self.generator.get_state(),
+            "limit": self.limit.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+        }
+
+    def load(self, state):
+        """Goes on from a `state`, with the same prompts and score function."""
+        for name in self.PLAIN:
+            setattr(self, name, state[name])
+        for optimizer, schedule, trained in zip(self.optimizers, self.schedules, state["trained"], strict=True):
+            load_optimizer(optimizer, schedule, trained)
+        self.generator.set_state(state["generator"])
+        self.limit.load_state_dict(state["limit"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
 
     def draw(self, count):
         """The next `count` prompts of a shuffled order that starts again when it ends."""
@@ -440,13 +469,12 @@ class PPOTrainer:
         ]
 
     def score(self, function, prompts, responses):
-        """Raw scores (B,), fp32, checked: the function may be anybody's."""
+        """Raw scores (B,), fp32, their shape checked: the function may be anybody's. One that is NaN or infinite
+        makes every gradient so, and no update is made of its batch."""
         scores = torch.as_tensor(function([p.context for p in prompts], responses), dtype=torch.float32)
-        if scores.shape != (len(prompts),) or not scores.isfinite().all():
+        if scores.shape != (len(prompts),):
             shape, wanted = tuple(scores.shape), (len(prompts),)
-            raise InputError(
-                f"the score function returned shape {shape}, finite numbers of shape {wanted} are expected"
-            )
+            raise InputError(f"the score function returned shape {shape}, numbers of shape {wanted} are expected")
         return scores
 
     def calibrate(self):
@@ -463,6 +491,8 @@ class PPOTrainer:
             for i in range(0, len(prompts), self.options.batch)
         ]
         raw = torch.cat(raw)
+        if not raw.isfinite().all():
+            raise InputError(f"the score function gave {raw[~raw.isfinite()][0]}, finite numbers are expected")
         self.score_mean, deviation = raw.mean().item(), raw.std().item()
         # A score that does not vary here (a rule that nothing meets yet) has no unit of its own.
         self.score_scale = deviation if deviation > 1e-6 * max(1.0, abs(self.score_mean)) else 1.0
@@ -551,7 +581,7 @@ class PPOTrainer:
     def update(self, batch, advantages, returns, old_values, graphs=(None, None)):
         """epochs x minibatches optimizer steps for each of actor and critic; `graphs` as `self.read` gave them. Every
         loss is a sum over a microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
-        o, totals, ratio_first = self.options, {}, None
+        o, totals, ratio_first, skipped = self.options, {}, None, 0
         for _ in range(o.epochs):
             for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
@@ -562,31 +592,33 @@ class PPOTrainer:
                 ]
                 if ratio_first is None:  # of the whole first minibatch, the ratio that is farthest from 1
                     ratio_first = max((p["ratio"] for p in parts), key=lambda r: abs(r - 1))
-                parts.append({"grad_norm": self.optimize(0)})  # whose gradients are gone before the critic's come
+                norm, left_out = self.optimize(0)  # whose gradients are gone before the critic's come
+                parts.append({"grad_norm": norm})
+                skipped += left_out
                 parts += [
                     self.value_backward(batch, part, returns, old_values, count, value)
                     for part in self.parts(rows, value)
                 ]
-                parts.append({"critic_grad_norm": self.optimize(1)})
+                norm, left_out = self.optimize(1)
+                parts.append({"critic_grad_norm": norm})
+                skipped += left_out
                 for name, figure in (item for part in parts for item in part.items()):
                     totals[name] = totals.get(name, 0.0) + figure
                 graphs = (None, None)
         del totals["ratio"]
-        return {name: x / (o.epochs * o.minibatches) for name, x in totals.items()} | {"ratio_first": ratio_first}
+        means = {name: x / (o.epochs * o.minibatches) for name, x in totals.items()}
+        return means | {"ratio_first": ratio_first, "skipped_updates": skipped}
 
     def parts(self, rows, graph):
         """The microbatches of a minibatch; a graph at hand is of all rows in the order of the batch."""
         return [rows.sort().values] if graph is not None else rows.split(self.options.microbatch)
 
     def optimize(self, i):
-        """An optimizer step of the actor (0) or the critic (1). Returns the norm that its gradients had."""
+        """An optimizer step of the actor (0) or the critic (1). Returns the norm that its gradients had, and 1 where
+        that is not finite, so that there was no step."""
         module = (self.actor, self.critic)[i]
-        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), self.options.max_grad_norm)
-        self.optimizers[i].step()
-        self.optimizers[i].zero_grad()
-        module.zero_grad()
-        self.schedules[i].step()
-        return norm.item()
+        norm = descend(module, self.optimizers[i], self.schedules[i], self.options.max_grad_norm)
+        return norm, int(not math.isfinite(norm))
 
     def policy_backward(self, batch, rows, advantages, count, graph=None):
         """Adds the actor's gradients of one microbatch; `graph`: its (logprobs, entropy), where they are at hand.

@@ -9,13 +9,17 @@ neither, at random (PPO_DETAILS 3, 4, 27).
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import Adapter, ScalarModel, Shared, by_length, fill, make_optimizer, pad_right, save
+from checkpoint import load_optimizer, optimizer_state
+from generation import pad_right
+from model import Adapter, ScalarModel, Shared, fill, save
+from training import by_length, descend, make_optimizer
 from weights import read_json, read_tensors
 
 ADAPTER = "adapter"  # the folder of a reward model's adapter, inside the model's own
@@ -133,6 +137,17 @@ class Trainer:
         self.optimizer, self.schedule = make_optimizer([model], lr, steps, weight_decay=0.01)
         self.order = []
 
+    def state(self):
+        """Everything that changes while it trains, for a checkpoint."""
+        trained = optimizer_state(self.optimizer, self.schedule)
+        return {"trained": trained, "generator": self.generator.get_state(), "order": self.order}
+
+    def load(self, state):
+        """Goes on from a `state`, on the same pairs."""
+        load_optimizer(self.optimizer, self.schedule, state["trained"])
+        self.generator.set_state(state["generator"])
+        self.order = state["order"]
+
     def batch(self):
         if len(self.order) < self.batch_pairs:
             self.order = torch.randperm(len(self.pairs), generator=self.generator).tolist()
@@ -142,7 +157,7 @@ class Trainer:
         return [self.pairs[i][side] + e for side in (0, 1) for i, e in zip(taken, endings)]
 
     def step(self):
-        """One optimizer step. Returns {"loss", "accuracy", "margin", "grad_norm"} of its batch."""
+        """One optimizer step. Returns {"loss", "accuracy", "margin", "grad_norm", "skipped_updates"} of its batch."""
         rows = self.batch()
         scores = torch.zeros(len(rows), device=self.model.device)
         lengths = [len(r) for r in rows]
@@ -150,18 +165,15 @@ class Trainer:
             scores[part] = self.model.score(*pad_right([rows[i] for i in part], self.model.device))
         chosen, rejected = scores.chunk(2)
         loss = preference_loss(chosen, rejected)
-        self.model.zero_grad()
-        self.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
+        norm = descend(self.model, self.optimizer, self.schedule, self.max_grad_norm)
         margin = (chosen - rejected).detach()
         return {
             "loss": loss.item(),
             "accuracy": (margin > 0).float().mean().item(),
             "margin": margin.mean().item(),
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
+            "skipped_updates": int(not math.isfinite(norm)),
         }
 
 

@@ -7,9 +7,13 @@ EOS included) when fine-tuning on instructions. Documents never share a row, so 
 another document; they are batched by length instead, which leaves little padding.
 """
 
+import math
+
 import torch
 
-from model import by_length, make_optimizer, pad_right, token_logprobs
+from checkpoint import load_optimizer, optimizer_state
+from generation import pad_right
+from training import by_length, descend, make_optimizer, token_logprobs
 
 
 def chat_example(tokenizer, messages, max_length):
@@ -40,32 +44,42 @@ class Trainer:
         self.draw = examples if callable(examples) else lambda: examples
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer, self.schedule = make_optimizer([model], lr, steps, weight_decay=weight_decay)
-        self.queue = []
+        self.order, self.draws = [], 0
+
+    def state(self):
+        """Everything that changes while it trains, for a checkpoint."""
+        trained = optimizer_state(self.optimizer, self.schedule)
+        return {"trained": trained, "generator": self.generator.get_state(), "order": self.order, "draws": self.draws}
+
+    def load(self, state):
+        """Goes on from a `state`, on the same examples."""
+        load_optimizer(self.optimizer, self.schedule, state["trained"])
+        self.generator.set_state(state["generator"])
+        self.order, self.draws = state["order"], state["draws"]
+        for _ in range(self.draws):
+            self.examples = self.draw()
 
     def batch(self):
         rows, tokens = [], 0
         while tokens < self.batch_tokens:
-            if not self.queue:
-                examples = self.draw()
-                self.queue = [examples[i] for i in torch.randperm(len(examples), generator=self.generator).tolist()]
-            rows.append(self.queue.pop())
+            if not self.order:
+                self.examples, self.draws = self.draw(), self.draws + 1
+                self.order = torch.randperm(len(self.examples), generator=self.generator).tolist()
+            rows.append(self.examples[self.order.pop()])
             tokens += len(rows[-1][0])
         return rows
 
     def step(self):
-        """One optimizer step. Returns {"loss", "grad_norm", "tokens"}: nats a counted token, their number."""
+        """One optimizer step. Returns {"loss", "grad_norm", "tokens", "skipped_updates"}: nats a counted token, their
+        number, 1 where a gradient was not finite and the step was left out."""
         rows, total = self.batch(), 0.0
         count = sum(sum(m[1:]) for _, m in rows)  # the first token of a row is never predicted
-        self.model.zero_grad()
-        self.optimizer.zero_grad()
         for part in by_length([len(ids) for ids, _ in rows], self.batch_tokens // 4, self.generator):
             loss = self.loss([rows[i] for i in part]) / count
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        return {"loss": total, "grad_norm": norm.item(), "tokens": count}
+        norm = descend(self.model, self.optimizer, self.schedule, self.max_grad_norm)
+        return {"loss": total, "grad_norm": norm, "tokens": count, "skipped_updates": int(not math.isfinite(norm))}
 
     def loss(self, rows):
         """Cross entropy summed over the counted tokens of `rows`."""

@@ -20,7 +20,7 @@ import torch
 from data import benchmarks
 from data.readers import _lines, _rows
 from dialogues import encode_asked, respond
-from model import pad_right
+from generation import pad_right
 from weights import InputError
 
 # ---------------------------------------------------------------- words

@@ -65,6 +65,11 @@ def read_json(path):
     return value
 
 
+def is_model(folder):
+    """Whether a folder says what model it holds."""
+    return any((Path(folder) / name).exists() for name in ("config.json", "params.json"))
+
+
 def read_config(folder):
     """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not
     implemented, before any weight is read."""
@@ -229,7 +234,7 @@ def read_tensors(path):
 
 class replacing:
     """`with replacing(folder) as temporary:` fills a folder beside `folder` that takes its name at the
-    end: an interrupted write leaves the old folder as it was."""
+    end, when all of it is on the disk: an interrupted write leaves the old folder as it was."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -246,12 +251,25 @@ class replacing:
         if kind is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
             return
+        for path in self.temporary.rglob("*"):
+            sync(path)
+        sync(self.temporary)
         old = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if self.folder.exists():
             os.rename(self.folder, old)
         os.rename(self.temporary, self.folder)
+        sync(self.folder.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path):
+    """Waits until a file, or the names in a folder, are on the disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def write_json(path, value):
@@ -259,6 +277,7 @@ def write_json(path, value):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.writing")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, path)
 
 

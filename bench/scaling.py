@@ -24,7 +24,8 @@ import common
 import torch
 from ppo_vs_trl import build
 
-from model import Cache, Config, ScalarModel, generate, initialize
+from generation import Cache
+from model import Config, ScalarModel, generate, initialize
 
 SHAPES = {  # width, layers
     "d64": (64, 2),

@@ -10,21 +10,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from model import (
-    Cache,
-    Config,
-    Mistral,
-    by_length,
-    generate,
-    initialize,
-    make_optimizer,
-    pad_left,
-    pad_right,
-    rotary,
-    rotate,
-    sample,
-    visible,
-)
+from generation import Cache, pad_left, pad_right, sample, visible
+from model import Config, Mistral, generate, initialize, rotary, rotate
+from training import by_length, make_optimizer
 from weights import InputError
 
 SMALL = {

@@ -22,7 +22,8 @@ import reward
 from data import read_preferences
 from data.world import TINY
 from evaluation import redundancy
-from model import Config, Mistral, ScalarModel, generate, pad_left, pad_right
+from generation import pad_left, pad_right
+from model import Config, Mistral, ScalarModel, generate
 from ppo import ContinuousMaximization, FixedLimit, KLController, Prompt, SteppedLimit
 from reward import RewardModel
 from tokenizer import load_tokenizer

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from test_model import assert_close, opened, peer, random_rows, random_tokens
 
+import generation
 import model as m
-from model import Decoder, TokenLogprobs, generate, make_optimizer, pad_right, token_logprobs
+from generation import Decoder, pad_right
+from model import generate
+from training import TokenLogprobs, make_optimizer, token_logprobs
 
 
 class Head(torch.nn.Module):
@@ -160,7 +163,7 @@ class Recorded(Decoder):
 
 @pytest.fixture
 def static(monkeypatch):
-    monkeypatch.setattr(m, "Decoder", Recorded)
+    monkeypatch.setattr(generation, "Decoder", Recorded)
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -168,7 +171,7 @@ def test_static_steps_give_the_same_tokens(static, window, tmp_path, monkeypatch
     model = opened(peer(sliding_window=window), tmp_path)
     prompts = random_rows([4, 9, 1, 7, 3])
     got = generate(model, prompts, 20, temperature=0, eos_id=[5, 9, 30, 31, 32])
-    monkeypatch.setattr(m, "Decoder", Decoder)
+    monkeypatch.setattr(generation, "Decoder", Decoder)
     model.decoder = None
     assert got == generate(model, prompts, 20, temperature=0, eos_id=[5, 9, 30, 31, 32])
     assert len({len(row) for row in got}) > 1  # rows did leave the batch
