@@ -512,18 +512,18 @@ class PPOTrainer:
         responses = self.responses(batch)
         scores = (self.score(self.score_fn, prompts, responses) - self.score_mean) / self.score_scale
         shaped = shape_scores(scores, lengths, batch.truncated.cpu(), limit, o.concise, o.truncation_penalty)
-        # 4  actor, reference and critic, on the same slice
-        logprobs, old_values, graphs = self.read(batch)
+        # 4  actor and reference, on the same slice
+        logprobs, graph = self.read(batch)
         batch.read(logprobs, sampled)
         with torch.no_grad():
             ref_logprobs = in_chunks(lambda *rows: self.read_logprobs(self.reference, *rows)[0], batch, o.microbatch)
-        # 5  rewards, advantages
+        # 5  rewards, values, advantages
         rewards, kl = compute_rewards(
             shaped.to(mask.device), batch.logprobs, ref_logprobs, mask, self.kl_controller.coefficient
         )
-        advantages, returns = compute_gae(rewards, old_values, mask, o.discount, o.gae_lambda)
+        old_values, advantages, returns, learnt = self.judge(batch, rewards)
         # 6  update
-        metrics = self.update(batch, masked_whiten(advantages, mask), returns, old_values, graphs)
+        metrics = self.update(batch, masked_whiten(advantages, mask), returns, old_values, graph, learnt)
         # 7  the next limit and the next beta
         self.steps_done += 1
         response_kl, coefficient = kl.sum(1), self.kl_controller.coefficient
@@ -565,60 +565,73 @@ class PPOTrainer:
         return place(self.critic.head(hidden)[:, 0].float(), response_mask)
 
     def read(self, batch):
-        """Logprobs and values (B, R) before the update, and where one microbatch is the whole first update, the
-        graph of that forward pass, which then is the update's own: (logprobs, entropy) of the actor, values of the
-        critic. `microbatch` rows of graph may be alive at a time, so that the critic's is kept where both fit."""
-        rows, size = (batch.tokens, batch.mask, batch.response_mask), self.options.microbatch
-        room = size // len(batch.tokens) if self.options.minibatches == 1 else 0
-        with torch.set_grad_enabled(room >= 1):
-            read = lambda *rows: self.read_logprobs(self.actor, *rows)  # noqa: E731
-            policy = read(*rows) if room >= 1 else (in_chunks(lambda *rows: read(*rows)[0], batch, size), None)
-        with torch.set_grad_enabled(room >= 2):
-            values = in_chunks(self.read_values, batch, size)
-        graphs = policy if room >= 1 else None, values if room >= 2 else None
-        return policy[0].detach(), values.detach(), graphs
+        """Logprobs (B, R) before the update; and where one microbatch is the whole first update, (logprobs, entropy)
+        with their graph: that update's forward pass is this one. Else None."""
+        read = lambda *rows: self.read_logprobs(self.actor, *rows)  # noqa: E731
+        if self.options.minibatches == 1 and len(batch.tokens) <= self.options.microbatch:
+            graph = read(batch.tokens, batch.mask, batch.response_mask)
+            return graph[0].detach(), graph
+        with torch.no_grad():
+            return in_chunks(lambda *rows: read(*rows)[0], batch, self.options.microbatch), None
 
-    def update(self, batch, advantages, returns, old_values, graphs=(None, None)):
-        """epochs x minibatches optimizer steps for each of actor and critic; `graphs` as `self.read` gave them. Every
-        loss is a sum over a microbatch divided by the number of real tokens in the whole minibatch (PPO_DETAILS 20)."""
-        o, totals, ratio_first, skipped = self.options, {}, None, 0
+    def judge(self, batch, rewards):
+        """Values, advantages and returns (B, R) before the update; and where the whole batch is one minibatch, the
+        figures of the critic's first update, which is made on the way: the returns of a row need no other row's
+        values, so that each microbatch is read once for both. Else None."""
+        o, mask, learnt = self.options, batch.response_mask, []
+        values = torch.zeros(mask.shape, device=mask.device)
+        with torch.set_grad_enabled(o.minibatches == 1):
+            for rows in batch.mask.sum(1).argsort().split(o.microbatch):
+                read = self.read_values(*batch.window(rows))
+                R = read.shape[1]
+                values[rows, :R] = read.detach()
+                if o.minibatches == 1:
+                    of_rows = rewards[rows, :R], values[rows, :R], mask[rows, :R]
+                    returns = compute_gae(*of_rows, o.discount, o.gae_lambda)[1]
+                    learnt.append(self.value_backward(read, *of_rows[1:], returns, mask.sum()))
+        if learnt:
+            learnt.append(self.optimize(1))
+        return values, *compute_gae(rewards, values, mask, o.discount, o.gae_lambda), learnt or None
+
+    def update(self, batch, advantages, returns, old_values, graph=None, learnt=None):
+        """epochs x minibatches optimizer steps for each of actor and critic; `graph` as `self.read`, `learnt` as
+        `self.judge` gave it. Every loss is a sum over a microbatch divided by the number of real tokens in the whole
+        minibatch (PPO_DETAILS 20)."""
+        o, totals, ratio_first = self.options, {}, None
         for _ in range(o.epochs):
             for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
                 count = batch.response_mask[rows].sum()
-                policy, value = graphs
-                parts = [
-                    self.policy_backward(batch, part, advantages, count, policy) for part in self.parts(rows, policy)
-                ]
+                parts = [rows.sort().values] if graph else rows.split(o.microbatch)  # a graph is of the batch as it is
+                parts = [self.policy_backward(batch, part, advantages, count, graph) for part in parts]
                 if ratio_first is None:  # of the whole first minibatch, the ratio that is farthest from 1
                     ratio_first = max((p["ratio"] for p in parts), key=lambda r: abs(r - 1))
-                norm, left_out = self.optimize(0)  # whose gradients are gone before the critic's come
-                parts.append({"grad_norm": norm})
-                skipped += left_out
-                parts += [
-                    self.value_backward(batch, part, returns, old_values, count, value)
-                    for part in self.parts(rows, value)
-                ]
-                norm, left_out = self.optimize(1)
-                parts.append({"critic_grad_norm": norm})
-                skipped += left_out
+                parts.append(self.optimize(0))  # whose gradients are gone before the critic's come
+                parts += learnt or self.learn_values(batch, rows, returns, old_values, count)
                 for name, figure in (item for part in parts for item in part.items()):
                     totals[name] = totals.get(name, 0.0) + figure
-                graphs = (None, None)
+                graph = learnt = None
         del totals["ratio"]
+        skipped = totals.pop("skipped_updates")
         means = {name: x / (o.epochs * o.minibatches) for name, x in totals.items()}
         return means | {"ratio_first": ratio_first, "skipped_updates": skipped}
 
-    def parts(self, rows, graph):
-        """The microbatches of a minibatch; a graph at hand is of all rows in the order of the batch."""
-        return [rows.sort().values] if graph is not None else rows.split(self.options.microbatch)
+    def learn_values(self, batch, rows, returns, old_values, count):
+        """One optimizer step of the critic on `rows`. Returns its figures, a dict a microbatch."""
+        parts = []
+        for part in rows.split(self.options.microbatch):
+            window = batch.window(part)
+            R = window[2].shape[1]
+            values = self.read_values(*window)
+            parts.append(self.value_backward(values, old_values[part, :R], window[2], returns[part, :R], count))
+        return [*parts, self.optimize(1)]
 
     def optimize(self, i):
-        """An optimizer step of the actor (0) or the critic (1). Returns the norm that its gradients had, and 1 where
-        that is not finite, so that there was no step."""
-        module = (self.actor, self.critic)[i]
+        """An optimizer step of the actor (0) or the critic (1). Returns the norm that its gradients had, and whether
+        that was not finite, so that there was no step."""
+        module, name = ((self.actor, "grad_norm"), (self.critic, "critic_grad_norm"))[i]
         norm = descend(module, self.optimizers[i], self.schedules[i], self.options.max_grad_norm)
-        return norm, int(not math.isfinite(norm))
+        return {name: norm, "skipped_updates": int(not math.isfinite(norm))}
 
     def policy_backward(self, batch, rows, advantages, count, graph=None):
         """Adds the actor's gradients of one microbatch; `graph`: its (logprobs, entropy), where they are at hand.
@@ -639,12 +652,8 @@ class PPOTrainer:
             "ratio": ratio[mask][(ratio[mask] - 1).abs().argmax()].item(),
         }
 
-    def value_backward(self, batch, rows, returns, old_values, count, graph=None):
-        """Adds the critic's gradients of one microbatch; `graph`: its values, where they are at hand."""
-        window = (batch.tokens, batch.mask, batch.response_mask) if graph is not None else batch.window(rows)
-        mask = window[2]
-        old_values, returns = (x[rows, : mask.shape[1]] for x in (old_values, returns))
-        values = self.read_values(*window) if graph is None else graph
+    def value_backward(self, values, old_values, mask, returns, count):
+        """Adds the critic's gradients of one microbatch, all (b, R). Returns its share of the minibatch's loss."""
         loss = value_loss(values, old_values, returns, mask, self.options.value_clip) / count
         loss.backward()
         return {"value_loss": loss.item()}

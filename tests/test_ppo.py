@@ -474,7 +474,8 @@ def test_14_losses_entropy_kl_and_clip_fraction_are_means_over_real_tokens(batch
     count = sum(len(r) for _, r in rows)
     every_row, count = torch.arange(len(rows)), torch.tensor(count)
     figures = trainer.policy_backward(batch, every_row, advantages, count)
-    figures |= trainer.value_backward(batch, every_row, returns, old_values, count)
+    values = trainer.read_values(batch.tokens, batch.mask, batch.response_mask)
+    figures |= trainer.value_backward(values, old_values, batch.response_mask, returns, count)
     assert 0.1 < figures["clip_fraction"] < 0.9 and figures["approx_kl"] > 1e-3
     for name, total in sums.items():
         close(figures[name], total / count)
@@ -494,7 +495,7 @@ def test_15_advantages_are_whitened_after_returns_are_made_under_the_mask_with_b
     trainer, gae = make(batch=24, discount=0.9, gae_lambda=0.8), spy(ppo, "compute_gae")
     updates = spy(trainer, "update")
     trainer.step()
-    (_, values, mask, *gamma_lambda), (advantages, returns) = gae[0]
+    (_, values, mask, *gamma_lambda), (advantages, returns) = gae[-1]
     (_, whitened, used_returns, *_), _ = updates[0]
     assert torch.equal(used_returns, (advantages + values) * mask) and torch.equal(used_returns, returns)
     assert gamma_lambda == [0.9, 0.8]
@@ -555,25 +556,44 @@ def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row
     counts, read = [0, 0], {"policy_backward": [], "value_backward": []}
     for i, optimizer in enumerate(trainer.optimizers):
         optimizer.register_step_post_hook(lambda *_, i=i: counts.__setitem__(i, counts[i] + 1))
-    for name, parts in read.items():
-        call = lambda batch, part, *a, parts=parts, real=getattr(trainer, name): parts.append(part.tolist()) or real(batch, part, *a)  # noqa: E501, E731
-        setattr(trainer, name, call)
+    policy, value = trainer.policy_backward, trainer.value_backward
+    trainer.policy_backward = lambda batch, part, *a: read["policy_backward"].append(part.tolist()) or policy(batch, part, *a)
+    trainer.value_backward = lambda values, *a: read["value_backward"].append(len(values)) or value(values, *a)
     trainer.step()
     assert counts == [epochs * minibatches] * 2
-    for parts in read.values():
-        flat = sum(parts, [])
-        assert all(sorted(flat[e * rows : (e + 1) * rows]) == list(range(rows)) for e in range(epochs))
-        assert max(map(len, parts)) <= microbatch
+    flat = sum(read["policy_backward"], [])
+    assert all(sorted(flat[e * rows : (e + 1) * rows]) == list(range(rows)) for e in range(epochs))
+    assert max(map(len, read["policy_backward"])) <= microbatch >= max(read["value_backward"])
+    assert sum(read["value_backward"]) == rows * epochs
     assert 0.4 < trainer.schedules[0].get_last_lr()[0] / 1e-3 < 0.8  # half of the run is done, and half of the cosine
     trainer.step()
     close([s.get_last_lr()[0] for s in trainer.schedules], [1e-3 / 10, 1e-2 / 10], 1e-9)  # it ends with the run
 
 
+def test_18_a_first_update_made_while_reading_is_the_update():
+    """The critic's, row by row in `judge`, against one over returns made beforehand; the actor's, on the graph that
+    read the old logprobs, against one that reads them again."""
+    on_the_way, apart = (make(batch=24, microbatch=m, epochs=2, discount=0.9) for m in (24, 5))
+    apart.judge = lambda batch, rewards: judged_alone(apart, batch, rewards)
+    figures = [t.step()[0] for t in (on_the_way, apart)]
+    for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "approx_kl", "explained_variance"):
+        close(figures[0][name], figures[1][name], 1e-4)
+    for net in ("actor", "critic"):
+        for a, b in zip(getattr(on_the_way, net).parameters(), getattr(apart, net).parameters()):
+            close(a, b, 1e-4)
+
+
+def judged_alone(trainer, batch, rewards):
+    with torch.no_grad():
+        values = trainer.read_values(batch.tokens, batch.mask, batch.response_mask)
+    return values, *ppo.compute_gae(rewards, values, batch.response_mask, 0.9, 0.95), None
+
+
 @pytest.mark.parametrize("most", [1e-3, 1e9])
 def test_19_max_grad_norm_is_applied_to_actor_and_critic(most):
-    trainer, norms = make(max_grad_norm=most), []
-    for optimizer in trainer.optimizers:
-        optimizer.register_step_pre_hook(lambda o, *_: norms.append(
+    trainer, norms = make(max_grad_norm=most), [0.0, 0.0]
+    for i, optimizer in enumerate(trainer.optimizers):
+        optimizer.register_step_pre_hook(lambda o, *_, i=i: norms.__setitem__(i,
             torch.cat([p.grad.flatten() for g in o.param_groups for p in g["params"]]).norm().item()))
     metrics, _ = trainer.step()
     logged = [metrics["grad_norm"], metrics["critic_grad_norm"]]
