@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from checkpoint import load_optimizer, optimizer_state
+from checkpoint import checksum, load_optimizer, optimizer_state
 from model import descend, generate, make_optimizer, pad_left, pad_right, token_logprobs
 from weights import InputError
 
@@ -435,6 +435,7 @@ class PPOTrainer:
         """Everything that changes while it trains, for a checkpoint: see checkpoint.py."""
         return {name: getattr(self, name) for name in self.PLAIN} | {
             "trained": [optimizer_state(*pair) for pair in zip(self.optimizers, self.schedules)],
+            "data": checksum(p.ids for p in self.prompts),
             "generator": self.generator.get_state(),
             "limit": self.limit.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -442,6 +443,8 @@ class PPOTrainer:
 
     def load(self, state):
         """Goes on from a `state`, with the same prompts and score function."""
+        if checksum(p.ids for p in self.prompts) != state["data"]:
+            raise ValueError("the prompts are others")
         for name in self.PLAIN:
             setattr(self, name, state[name])
         for optimizer, schedule, trained in zip(self.optimizers, self.schedules, state["trained"], strict=True):
@@ -616,6 +619,8 @@ class PPOTrainer:
         that is not finite, so that there was no step."""
         module = (self.actor, self.critic)[i]
         norm = descend(module, self.optimizers[i], self.schedules[i], self.options.max_grad_norm)
+        self.optimizers[i].zero_grad()
+        module.zero_grad()
         return norm, int(not math.isfinite(norm))
 
     def policy_backward(self, batch, rows, advantages, count, graph=None):
