@@ -12,6 +12,10 @@ test: .venv/ready-dev
 test-real: .venv/ready-dev
 	$(VENV) -m pytest -m real
 
+# kills, a full disk, too little memory: about four minutes
+test-faults: .venv/ready-dev
+	$(VENV) -m pytest -m faults
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install -q -r requirements.txt
@@ -30,4 +34,4 @@ bench: .venv/ready-dev
 bench-gpu:
 	$(PYTHON) bench/table.py --run gpu
 
-.PHONY: run test test-real bench bench-gpu
+.PHONY: run test test-real test-faults bench bench-gpu

@@ -35,6 +35,7 @@ import toxicity
 from data import benchmarks, dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
 from dialogues import judge_models
 from model import Adapter, Config, Mistral, ScalarModel, fill, initialize
+from monitors import MONITORS, Monitors
 from ppo import option
 from run import Failed, Lock, Run, Stopped, finished, forget, target
 from tokenizer import TEMPLATES
@@ -47,7 +48,6 @@ NEEDS = {
     "coarse": ("reward",),
     "fine": ("coarse", "sft"),
     "eval": ("sft", "plus", "coarse", "fine"),
-    "report": ("eval",),
 }
 ANALYTICAL = (
     "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
@@ -375,7 +375,7 @@ def train_ppo(run):
     shown = dict(
         reward="reward", kl="KL", length_limit="limit", response_length="length", samples_per_second="samples/s"
     )
-    run.loop(trainer, shown, step)
+    run.loop(trainer, shown, step, Monitors(o.eos))
     if isinstance(trainer.limit, ppo.ContinuousMaximization):
         held = f"{trainer.limit.extensions} extensions, {trainer.limit.holds} holds with a full window"
         print(f"length limit {o.length_limit} -> {trainer.limit.limit}: {held}")
@@ -638,11 +638,20 @@ def evaluate_models(run):
 
 
 def report(run):
-    """report.png from what the run has so far."""
+    """report.png from what the run has so far, and a line of each PPO stage; the run may be under way."""
     paths = [run.folder / "results.json", run.folder / "sweep.json"]
     found = [read_json(path) if path.exists() else {} for path in paths]
+    metrics = run.metrics()
     run.folder.mkdir(parents=True, exist_ok=True)
-    results.draw_report(run.folder / "report.png", run.metrics(), *found)
+    results.draw_report(run.folder / "report.png", metrics, *found)
+    for stage in ("plus", "coarse"):
+        rows = [r for r in metrics.get(stage, ()) if "reward" in r]
+        if rows:
+            figures = (f"{k} {v:.3g}" for k in ("reward", "kl", "length_limit") if (v := rows[-1][k]) is not None)
+            warned = {w: r["step"] for r in rows for w in r.get("warnings", ())}
+            print(f"{stage}, step {rows[-1]['step']}: {', '.join(figures)}")
+            for name, step in warned.items():
+                print(f"  warning ({name}), last at step {step}: {MONITORS[name][1]}")
     print(run.folder / "report.png")
 
 

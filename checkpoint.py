@@ -14,6 +14,7 @@ import math
 import random
 import re
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy
@@ -144,6 +145,14 @@ def load_optimizer(optimizer, schedule, state):
     groups = [g | {"lr": lr} for g, lr in zip(optimizer.state_dict()["param_groups"], state["learning_rates"])]
     optimizer.load_state_dict({"state": dict(state["moments"]), "param_groups": groups})
     schedule.load_state_dict(state["schedule"])
+
+
+def checksum(rows):
+    """A number that tells the id lists that are trained on from others."""
+    crc = 0
+    for ids in rows:
+        crc = zlib.crc32(numpy.asarray([len(ids), *ids]), crc)
+    return crc
 
 
 def random_state():

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from checkpoint import load_optimizer, optimizer_state
+from checkpoint import checksum, load_optimizer, optimizer_state
 from generation import pad_left, pad_right
 from model import generate
 from training import descend, make_optimizer, token_logprobs
@@ -437,6 +437,7 @@ class PPOTrainer:
         """Everything that changes while it trains, for a checkpoint: see checkpoint.py."""
         return {name: getattr(self, name) for name in self.PLAIN} | {
             "trained": [optimizer_state(*pair) for pair in zip(self.optimizers, self.schedules)],
+            "data": checksum(p.ids for p in self.prompts),
             "generator": self.generator.get_state(),
             "limit": self.limit.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -444,6 +445,8 @@ class PPOTrainer:
 
     def load(self, state):
         """Goes on from a `state`, with the same prompts and score function."""
+        if checksum(p.ids for p in self.prompts) != state["data"]:
+            raise ValueError("the prompts are others")
         for name in self.PLAIN:
             setattr(self, name, state[name])
         for optimizer, schedule, trained in zip(self.optimizers, self.schedules, state["trained"], strict=True):
@@ -631,6 +634,8 @@ class PPOTrainer:
         that was not finite, so that there was no step."""
         module, name = ((self.actor, "grad_norm"), (self.critic, "critic_grad_norm"))[i]
         norm = descend(module, self.optimizers[i], self.schedules[i], self.options.max_grad_norm)
+        self.optimizers[i].zero_grad()
+        module.zero_grad()
         return {name: norm, "skipped_updates": int(not math.isfinite(norm))}
 
     def policy_backward(self, batch, rows, advantages, count, graph=None):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import load_optimizer, optimizer_state
+from checkpoint import checksum, load_optimizer, optimizer_state
 from generation import pad_right
 from model import Adapter, ScalarModel, Shared, fill, save
 from training import by_length, descend, make_optimizer
@@ -139,12 +139,17 @@ class Trainer:
 
     def state(self):
         """Everything that changes while it trains, for a checkpoint."""
-        trained = optimizer_state(self.optimizer, self.schedule)
-        return {"trained": trained, "generator": self.generator.get_state(), "order": self.order}
+        trained, data = optimizer_state(self.optimizer, self.schedule), checksum(self.rows())
+        return {"trained": trained, "data": data, "generator": self.generator.get_state(), "order": self.order}
+
+    def rows(self):
+        return (ids for pair in self.pairs for ids in pair)
 
     def load(self, state):
         """Goes on from a `state`, on the same pairs."""
         load_optimizer(self.optimizer, self.schedule, state["trained"])
+        if checksum(self.rows()) != state["data"]:
+            raise ValueError("the pairs are others")
         self.generator.set_state(state["generator"])
         self.order = state["order"]
 
@@ -165,6 +170,8 @@ class Trainer:
             scores[part] = self.model.score(*pad_right([rows[i] for i in part], self.model.device))
         chosen, rejected = scores.chunk(2)
         loss = preference_loss(chosen, rejected)
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
         norm = descend(self.model, self.optimizer, self.schedule, self.max_grad_norm)
         margin = (chosen - rejected).detach()

@@ -178,10 +178,12 @@ class Run:
         with open(self.folder / name, "a", encoding="utf-8") as f:
             f.write(json.dumps({"stage": self.stage, **row}) + "\n")
 
-    def loop(self, trainer, names, step=None):
+    def loop(self, trainer, names, step=None, monitors=None):
         """Calls `step` (trainer.step where none is given) -> metrics until o.steps are done, under a progress bar
-        that shows `names`, logs each, and saves what `trainer` is to go on from."""
-        o, in_a_row = self.o, 0
+        that shows `names`, logs each with the warnings of `monitors`, and saves what `trainer` is to go on from."""
+        o, in_a_row, said = self.o, 0, set()
+        for row in self.metrics().get(self.stage, ()) if monitors else ():
+            monitors.check(row)  # of the steps before it was interrupted
         if self.found:
             checkpoint.set_random_state(self.found["random"])
             self.found = None  # the trainer has the rest; this was a second copy of it
@@ -190,8 +192,14 @@ class Run:
             while self.done < o.steps:
                 metrics = (step or trainer.step)()
                 self.done += 1
-                self.log("metrics.jsonl", {"step": self.done, **metrics})
+                warnings = monitors.check(metrics) if monitors else {}
+                self.log(
+                    "metrics.jsonl", {"step": self.done, **metrics} | ({"warnings": [*warnings]} if warnings else {})
+                )
                 bar.update()
+                for name in warnings.keys() - said:
+                    tqdm.write(f"  warning ({name}): {warnings[name]}", file=sys.stdout)
+                said |= warnings.keys()
                 bar.set_postfix_str(" ".join(f"{label} {metrics[m]:.3g}" for m, label in names.items()))
                 in_a_row = in_a_row + 1 if metrics["skipped_updates"] else 0
                 failing = in_a_row >= o.max_skipped

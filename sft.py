@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from checkpoint import load_optimizer, optimizer_state
+from checkpoint import checksum, load_optimizer, optimizer_state
 from generation import pad_right
 from training import by_length, descend, make_optimizer, token_logprobs
 
@@ -48,8 +48,9 @@ class Trainer:
 
     def state(self):
         """Everything that changes while it trains, for a checkpoint."""
-        trained = optimizer_state(self.optimizer, self.schedule)
-        return {"trained": trained, "generator": self.generator.get_state(), "order": self.order, "draws": self.draws}
+        trained, data = optimizer_state(self.optimizer, self.schedule), checksum(ids for ids, _ in self.examples)
+        mine = {"trained": trained, "data": data, "generator": self.generator.get_state()}
+        return mine | {"order": self.order, "draws": self.draws}
 
     def load(self, state):
         """Goes on from a `state`, on the same examples."""
@@ -58,6 +59,8 @@ class Trainer:
         self.order, self.draws = state["order"], state["draws"]
         for _ in range(self.draws):
             self.examples = self.draw()
+        if checksum(ids for ids, _ in self.examples) != state["data"]:
+            raise ValueError("the examples are others")
 
     def batch(self):
         rows, tokens = [], 0
@@ -74,6 +77,8 @@ class Trainer:
         number, 1 where a gradient was not finite and the step was left out."""
         rows, total = self.batch(), 0.0
         count = sum(sum(m[1:]) for _, m in rows)  # the first token of a row is never predicted
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
         for part in by_length([len(ids) for ids, _ in rows], self.batch_tokens // 4, self.generator):
             loss = self.loss([rows[i] for i in part]) / count
             loss.backward()

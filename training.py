@@ -74,8 +74,6 @@ def descend(model, optimizer, schedule, max_grad_norm):
     if math.isfinite(norm):
         optimizer.step()
         schedule.step()
-    model.zero_grad()
-    optimizer.zero_grad()
     return norm
 
 

@@ -1,10 +1,12 @@
 """Stopping and going on: a run that was interrupted ends in the same weights and the same log, bit for bit."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,14 +197,42 @@ def test_other_options_do_not_go_on_with_it(more, name, files, tmp_path, monkeyp
     assert content(tmp_path) == before
 
 
-def test_other_data_or_another_model_at_the_same_place_does_not_fit(files, tmp_path, monkeypatch):
-    """A trainer's state is only taken by what it was made from."""
-    interrupted("coarse", tmp_path, 6, files, monkeypatch)
-    (path,) = checkpoint.steps(tmp_path / "checkpoint/coarse")[-1:]
-    step, state = checkpoint.read(path)
-    state["trainer"]["trained"][0]["parameters"].pop()
-    checkpoint.save(path.parent, step + 1, state)
-    assert refused(main("--stage", "coarse", "--out", tmp_path, *files, *FEW, "--resume"), "does not fit")
+@pytest.mark.parametrize(
+    "stage, option", [("sft", "--instructions"), ("reward", "--preferences"), ("plus", "--prompts")]
+)
+def test_other_data_at_the_same_place_does_not_go_on_with_it(stage, option, files, tmp_path, monkeypatch):
+    from_file = Path(files[files.index(option) + 1])
+    text = from_file.read_text()
+    interrupted(stage, tmp_path, 6, files, monkeypatch)
+    try:
+        from_file.write_text(text.replace("Ann", "Anna").replace("Bob", "Bobby"))
+        done = main("--stage", stage, "--out", tmp_path, *files, *FEW, "--resume")
+    finally:
+        from_file.write_text(text)
+    assert refused(done, "others")
+
+
+@pytest.mark.parametrize("stage", ["sft", "coarse"])
+def test_another_model_at_the_same_place_does_not_go_on_with_it(stage, files, tmp_path, monkeypatch):
+    """Nor does any state that no run of ours has written."""
+    interrupted(stage, tmp_path, 6, files, monkeypatch)
+    folder = tmp_path / "checkpoint" / stage
+    step, good, _ = checkpoint.latest(folder)
+
+    def short(state):
+        trained = state["trained"]
+        (trained[0] if isinstance(trained, list) else trained)["parameters"].pop()
+
+    def small(state):
+        trained = state["trained"]
+        parameters = (trained[0] if isinstance(trained, list) else trained)["parameters"]
+        parameters[0] = parameters[0][:1]
+
+    for spoil in (short, small, lambda s: s.pop("order"), lambda s: s.update(generator=torch.zeros(3)), dict.clear):
+        state = copy.deepcopy(good)
+        spoil(state["trainer"])
+        checkpoint.save(folder, step, state)
+        assert refused(main("--stage", stage, "--out", tmp_path, *files, *FEW, "--resume"), "does not fit")
 
 
 def test_a_second_process_is_refused_while_the_first_is_at_work(files, tmp_path):
