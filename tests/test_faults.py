@@ -101,7 +101,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_to_go_on_from(whole, files, tmp
 def test_too_little_memory_is_one_line_that_names_what_takes_less(files, tmp_path):  # noqa: F811
     """Room for the program, and not for what it is asked."""
     room = lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
-    more = ["--batch", "20000", "--length-limit", "2000", "--limit-maximum", "2000"]
+    more = ["--batch", "20000", "--length-limit", "40000", "--limit-maximum", "40000"]
     child = started(tmp_path / "run", files, *more, limit=room)
     _, err = child.communicate()
     assert child.returncode == 1 and err.count("\n") == 1 and "--microbatch" in err, err
