@@ -1,4 +1,4 @@
-"""Faults from outside the process: kills, a full disk, too little memory. `make test-faults`; about four minutes."""
+"""Faults from outside the process: kills, a full disk, too little memory. `make test-faults`; about eight minutes."""
 
 import os
 import random
