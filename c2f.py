@@ -751,8 +751,8 @@ def explain(e):
     if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in said:
         smaller = "--microbatch, --batch, --length-limit, --max-length, --batch-tokens; --checkpointing; --lora-rank N"
         return 1, f"out of memory; what takes less: {smaller} ({said[:100] or type(e).__name__})"
-    if isinstance(e, OSError) and e.filename:
-        return 1, f"{e.filename}: {e.strerror}"
+    if isinstance(e, OSError):
+        return 1, f"{e.filename or 'reading or writing'}: {e.strerror or said}"
     return 1, f"{type(e).__name__}: {said} (--debug shows where)"
 
 

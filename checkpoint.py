@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import save_file
 
-from weights import InputError, read_json, read_tensors, replacing
+from weights import InputError, read_json, read_tensors, replacing, write_tensors
 
 KEPT = 2  # the newest, and the one before in case the newest is damaged
 
@@ -32,7 +31,7 @@ def save(folder, step, state):
     folder, tensors = Path(folder), {}
     packed = pack(state, tensors)
     with replacing(folder / f"step-{step:06d}") as temporary:
-        save_file(tensors, temporary / "tensors.safetensors")
+        write_tensors(temporary / "tensors.safetensors", tensors)
         text = json.dumps({"step": step, "state": packed}, allow_nan=False)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
         sums = [f"{digest(temporary / name)}  {name}\n" for name in ("state.json", "tensors.safetensors")]

@@ -5,6 +5,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import platform
 import shutil
 import signal
@@ -88,7 +89,7 @@ def told_to_stop():
 
     def note(number, _):
         caught.append(number)
-        tqdm.write("stopping after this step; once more stops at once", file=sys.stdout)
+        os.write(1, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
         for one, handler in before.items():
             signal.signal(one, handler)
 
@@ -175,8 +176,12 @@ class Run:
     def log(self, name, row):
         """Appends a line; strict JSON, so that NaN and infinity are null."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with open(self.folder / name, "a", encoding="utf-8") as f:
-            f.write(json.dumps({"stage": self.stage, **row}) + "\n")
+        path = self.folder / name
+        try:
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps({"stage": self.stage, **row}) + "\n")
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(path)) from e  # a full disk by itself has no name
 
     def loop(self, trainer, names, step=None, monitors=None):
         """Calls `step` (trainer.step where none is given) -> metrics until o.steps are done, under a progress bar

@@ -6,6 +6,7 @@ or a hub id. Tensors are read one at a time, so that loading never holds two mod
 form, written to a temporary folder and renamed. Only safetensors and JSON are read, never a pickle.
 """
 
+import errno
 import json
 import os
 import re
@@ -312,16 +313,24 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
                 shutil.copyfile(file, temporary / Path(file).name)
 
 
+def write_tensors(path, tensors):
+    """{name: tensor} to a safetensors file. OSError, with the path, where the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as e:
+        raise OSError(errno.EIO, str(e), str(path)) from e
+
+
 def _write_beside(path, content):
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
     else:
-        save_file(content, path, metadata={"format": "pt"})
+        write_tensors(path, content)
 
 
 def _write_shard(folder, number, shard):
-    save_file(shard, folder / f"shard-{number}", metadata={"format": "pt"})
+    write_tensors(folder / f"shard-{number}", shard)
     return {name: tensor.nbytes for name, tensor in shard.items()}
 
 

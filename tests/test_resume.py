@@ -404,7 +404,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(files, tmp_path,
     assert same(tmp_path / "cut", tmp_path / "whole", "coarse")
 
 
-@pytest.mark.parametrize("when", ["save_file", "digest"])
+@pytest.mark.parametrize("when", ["write_tensors", "digest"])
 def test_a_write_that_fails_leaves_the_checkpoint_before(when, tmp_path, monkeypatch):
     checkpoint.save(tmp_path, 2, {"x": torch.ones(3)})
     before = content(tmp_path)
@@ -416,6 +416,15 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(when, tmp_path, monkeyp
     with pytest.raises(OSError):
         checkpoint.save(tmp_path, 4, {"x": torch.zeros(3)})
     assert content(tmp_path) == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
+def test_a_disk_that_takes_no_more_is_named(files, tmp_path, monkeypatch):
+    """/dev/full is a disk without room; the log is a link to it, and is only appended to."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr(run_module.Run, "_rewrite", lambda *_: None)
+    done = main("--stage", "sft", "--out", tmp_path, *files, *FEW)
+    assert done.code == 1 and done.err == f"c2f.py: {tmp_path / 'metrics.jsonl'}: No space left on device\n"
 
 
 FUZZ = settings(max_examples=400, deadline=None, database=None, suppress_health_check=list(HealthCheck))
