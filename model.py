@@ -366,6 +366,11 @@ class Shared(nn.Module):
         return self.trunk[0](tokens, mask, cache)
 
 
+def trunk_of(model):
+    """The trunk itself, whether a model has its own or sees one that is shared."""
+    return model.model.trunk[0] if isinstance(model.model, Shared) else model.model
+
+
 class Mistral(nn.Module):
     """The language model: `model(tokens)` (B, T) -> logits (B, T, V)."""
 
@@ -401,9 +406,7 @@ class Mistral(nn.Module):
         self.requires_grad_(False)
         return Mistral(self.config, Shared(self.trunk, adapter), self.lm_head).eval()
 
-    @property
-    def trunk(self):
-        return self.model.trunk[0] if isinstance(self.model, Shared) else self.model
+    trunk = property(trunk_of)
 
     @property
     def device(self):
@@ -453,9 +456,7 @@ class ScalarModel(nn.Module):
         nn.init.zeros_(model.head.weight)
         return model
 
-    @property
-    def trunk(self):
-        return self.model.trunk[0] if isinstance(self.model, Shared) else self.model
+    trunk = property(trunk_of)
 
     @property
     def device(self):
