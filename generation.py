@@ -279,24 +279,25 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     lengths = torch.full((B,), max_new_tokens, device=device)
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
     ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
-    logits = decoder.prefill(tokens, mask)
-    new = []  # (ids, logprobs) of the steps since `out` was last filled
-    for t in range(max_new_tokens):
-        new.append(sample(shape_logits(logits, temperature, forbid), temperature, top_p, generator))  # (b,) each
-        ids = new[-1][0]
-        if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
-            start = t // 8 * 8
-            out[rows, start : t + 1], logprobs[rows, start : t + 1] = (torch.stack(x, 1) for x in zip(*new))
-            new = []
-            note_ends(out, ended, lengths, start, t + 1, ends, stop)
-            if ended.all():
-                break
-            fewer = decoder.fewer(ended[rows])
-            if fewer is not None:  # finished sequences leave the batch
-                decoder.cache.keep(fewer)
-                rows, ids = rows[fewer], ids[fewer]
-        if t + 1 < max_new_tokens:
-            logits = decoder(ids)
+    with model.packed(B, max_new_tokens):
+        logits = decoder.prefill(tokens, mask)
+        new = []  # (ids, logprobs) of the steps since `out` was last filled
+        for t in range(max_new_tokens):
+            new.append(sample(shape_logits(logits, temperature, forbid), temperature, top_p, generator))  # (b,) each
+            ids = new[-1][0]
+            if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
+                start = t // 8 * 8
+                out[rows, start : t + 1], logprobs[rows, start : t + 1] = (torch.stack(x, 1) for x in zip(*new))
+                new = []
+                note_ends(out, ended, lengths, start, t + 1, ends, stop)
+                if ended.all():
+                    break
+                fewer = decoder.fewer(ended[rows])
+                if fewer is not None:  # finished sequences leave the batch
+                    decoder.cache.keep(fewer)
+                    rows, ids = rows[fewer], ids[fewer]
+            if t + 1 < max_new_tokens:
+                logits = decoder(ids)
     cut = lambda rows: [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]  # noqa: E731
     return (cut(out), cut(logprobs)) if with_logprobs else cut(out)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import cpu
 from generation import generate, visible  # noqa: F401  (`generate` is to be had here, beside `Mistral`)
 from weights import InputError, Weights, locate, save_folder
 
@@ -141,6 +142,7 @@ class Linear(nn.Linear):
     """W x, and with an adapter on W x + scale B A x."""
 
     low_rank = None  # (A (r, inputs), B (outputs, r), scale) of the `Adapter` that is on
+    packed = None  # a copy of the whole weight, see cpu.py
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -151,18 +153,33 @@ class Linear(nn.Linear):
             super().reset_parameters()
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        if self.packed is not None:
+            return cpu.multiply(x, self.packed)
+        y = cpu.linear(x, self.weight)
         if self.low_rank is None:
             return y
         A, B, scale = self.low_rank
         return y + F.linear(F.linear(x, A) * scale, B)
+
+    def parts(self):
+        return (self,)
+
+    def whole(self):
+        """The weight with the adapter's change."""
+        if self.low_rank is None:
+            return self.weight
+        A, B, scale = self.low_rank
+        return torch.addmm(self.weight, B, A, alpha=scale)
 
 
 class Joint(nn.Module):
     """Linear layers over one input. `join` makes their weights slices of one matrix, so that a decoding step takes one
     product for all of them; nothing is stored twice, and all else, training above all, sees the single layers."""
 
-    matrix = None
+    matrix = packed = None
+
+    def parts(self):
+        return self.joined()
 
     def join(self):
         """To be called on layers that have their memory, which moves; their parameters stay the same objects."""
@@ -172,10 +189,12 @@ class Joint(nn.Module):
 
     def together(self, x):
         """All outputs side by side, or None where they have to be made one by one."""
+        if self.packed is not None:
+            return cpu.multiply(x, self.packed)
         first = self.joined()[0]
         if x.shape[1] > 1 or torch.is_grad_enabled() or self.matrix is None or first.low_rank is not None:
             return None
-        return F.linear(x, self.matrix) if first.weight.data_ptr() == self.matrix.data_ptr() else None  # moved since
+        return cpu.linear(x, self.matrix) if first.weight.data_ptr() == self.matrix.data_ptr() else None  # moved since
 
 
 class Attention(Joint):
@@ -407,6 +426,15 @@ class Mistral(nn.Module):
         return Mistral(self.config, Shared(self.trunk, adapter), self.lm_head).eval()
 
     trunk = property(trunk_of)
+
+    def packed(self, rows, steps):
+        """A context for `steps` decoding steps of `rows` rows, in which no weight changes: see cpu.py."""
+        if isinstance(self.model, Shared):
+            self.trunk.use(self.model.adapter)
+        parts = [*self.trunk.modules(), self.lm_head]
+        joined = {layer for part in parts if isinstance(part, Joint) for layer in part.joined()}
+        layers = [part for part in parts if isinstance(part, (Joint, Linear)) and part not in joined]
+        return cpu.packed(layers, rows, steps)
 
     @property
     def device(self):

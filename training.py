@@ -3,8 +3,8 @@
 import math
 
 import torch
-import torch.nn.functional as F
 
+import cpu
 from generation import shape_logits
 
 
@@ -98,7 +98,7 @@ class TokenLogprobs(torch.autograd.Function):
             p = logp.exp()
             entropy[part] = -torch.linalg.vecdot(p, logp.clamp_min_(torch.finfo(logp.dtype).min))  # 0 log 0 = 0
             if train:
-                pull[part] = (weight[ids[part]] - p.to(weight.dtype) @ weight) / temperature
+                pull[part] = (weight[ids[part]] - cpu.linear(p.to(weight.dtype), weight.T)) / temperature
         if train:
             ctx.save_for_backward(hidden, weight, ids, pull, p if len(parts) == 1 else None)
             ctx.settings, ctx.parts = (temperature, forbid), parts
@@ -107,7 +107,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def read(hidden, weight, temperature, forbid):
-        logits = shape_logits(F.linear(hidden, weight), temperature, forbid)
+        logits = shape_logits(cpu.linear(hidden, weight), temperature, forbid)
         return logits.sub_(logits.logsumexp(-1, keepdim=True))  # log_softmax is five times less exact on a CPU
 
     @staticmethod
