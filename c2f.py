@@ -37,18 +37,12 @@ from dialogues import judge_models
 from model import Adapter, Config, Mistral, ScalarModel, fill, initialize
 from monitors import MONITORS, Monitors
 from ppo import option
-from run import Failed, Lock, Run, Stopped, finished, forget, target
+from run import NEEDS, Failed, Lock, Run, Stopped, finished, forget, target
 from tokenizer import TEMPLATES
 from weights import InputError, read_json, write_json
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-NEEDS = {
-    "plus": ("reward",),
-    "coarse": ("reward",),
-    "fine": ("coarse", "sft"),
-    "eval": ("sft", "plus", "coarse", "fine"),
-}
 ANALYTICAL = (
     "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
 )
@@ -163,6 +157,10 @@ PRESETS = {
 # ---------------------------------------------------------------- options
 
 
+STATUSES = """exit status: 0; 2 a mistake in the options or the input; 1 something went wrong on the way; 130 and 143 stopped by
+SIGINT (Ctrl-C) and SIGTERM, after the step under way, to be gone on with by --resume"""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line and exit status 2, without argparse's page of usage."""
@@ -171,8 +169,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser():
     parser = Parser(
-        prog="c2f.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+        prog="c2f.py", description=__doc__, epilog=STATUSES, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )  # fmt: skip
     groups = {
         cls: parser.add_argument_group(title)
         for cls, title in ((Options, "the run, its input and its stages"), (ppo.PPOOptions, "PPO"))
@@ -535,8 +534,11 @@ def make_fine(run):
     bar = tqdm(total=len(o.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
 
     def one(gamma, tensors):
-        fill(model, tensors)
-        values = evaluate(model)
+        def make():
+            fill(model, tensors)
+            return evaluate(model)
+
+        values = run.kept(f"gamma-{gamma}", make)
         bar.update()
         bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{k} {v:.3f}" for k, v in values.items()))
         return values
@@ -545,6 +547,7 @@ def make_fine(run):
     bar.close()
     merge.merge_checkpoints(coarse, instruct, run.target, o.gamma)
     write_json(run.folder / "sweep.json", results)
+    forget(run.folder, run.stage)
     for number, (gamma, values) in enumerate(results.items()):
         if number == 0:
             print("gamma  " + "  ".join(name.ljust(10) for name in values))
@@ -603,6 +606,11 @@ def what_is_asked(o):
     return material
 
 
+def stored(path):
+    """Whether a model of eval is a file of answers."""
+    return str(path).endswith(".jsonl")
+
+
 def evaluate_models(run):
     """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and what was
     said and chosen in examples.json, items.jsonl, toxicity.jsonl and mt_bench/."""
@@ -610,20 +618,24 @@ def evaluate_models(run):
     models = named(o.models, "models")
     models = models or {"base": o.model, **{stage: run.folder / stage for stage in NEEDS["eval"]}}
     material, judge = what_is_asked(o), imported(o.judge, "--judge") if o.judge else None
+    tokenizers = {name: run.tokenizer(folder) for name, folder in models.items() if not stored(folder)}
+    run.start()
     measured, records = {}, {}
     bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
-    for name, folder in bar:
+    for number, (name, folder) in enumerate(bar):
         bar.set_postfix_str(name)
-        if str(folder).endswith(".jsonl"):
+        if stored(folder):
             measured[name], records[name] = evaluation.evaluate_stored(folder, material, reward_scorer(run))
             continue
-        tokenizer, model = run.tokenizer(folder), Mistral.from_pretrained(folder, o.device, run.dtype)
-        # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
-        own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
-        acts = dict(system=own.get("system_prompt", ""), eos=own.get("eos", True))
-        score = reward_scorer(run, tokenizer)
-        measured[name], records[name] = evaluation.evaluate(model, tokenizer, material, score=score, **acts)
-    run.start()
+
+        def one():
+            tokenizer, model = tokenizers[name], Mistral.from_pretrained(folder, o.device, run.dtype)
+            # The coarse actor is asked as it was trained to act: with its system prompt, and no EOS.
+            own = PRESETS[o.preset]["coarse"] if name == "coarse" else {}
+            acts = dict(system=own.get("system_prompt", ""), eos=own.get("eos", True))
+            return evaluation.evaluate(model, tokenizer, material, score=reward_scorer(run, tokenizer), **acts)
+
+        measured[name], records[name] = run.kept(f"model-{number}", one, folder)
     if material.dialogues:
         of = lambda key: {name: r[key] for name, r in records.items() if key in r}
         more = dict(judge=judge, templates=evaluation.judge_prompts(o.benchmarks))
@@ -635,6 +647,7 @@ def evaluate_models(run):
     for key, file in (("tasks", "items.jsonl"), ("toxicity", "toxicity.jsonl")):
         rows = [{"model": m, **row} for m, r in records.items() for row in r.get(key, [])]
         world.write_lines(run.folder / file, rows)
+    forget(run.folder, run.stage)
 
 
 def report(run):

@@ -1,9 +1,9 @@
 """Matrix products of float32 on a CPU, where oneDNN, which torch carries beside MKL, is the faster of the two.
 
-`linear` stands for F.linear: up to 1.3 times as fast from some rows on, and three times with one or two. `packed` puts
-a model's weights into oneDNN's own layout for a whole generation, which doubles the speed of a decoding step once more
-(bench/README.md has the figures). Elsewhere, and for small weights, whose products cost less than the calls, all of
-this is F.linear.
+`linear` stands for F.linear: up to 1.3 times as fast from some rows on, and three times with one or two. `decoding`
+puts a model's weights into oneDNN's own layout for a whole generation, which nearly doubles the speed of its steps, and
+takes one thread for a tiny one's (bench/README.md has the figures). Elsewhere, and for small weights, whose products
+cost less than the calls, all of this is F.linear.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 LEAST = 2**18  # elements of a weight that is worth it
 FEW = 4  # rows for which MKL is fast, if it is asked for (W x^T)^T
+SMALL = 2**20  # multiplications of a product that are one thread's
 MOST = 2**30  # elements of weights that are packed: it takes a second copy of them
 
 try:
@@ -21,11 +22,9 @@ except AttributeError:  # it is torch's own, without a promise that it stays
     ONEDNN = None
 
 
-def worth_it(*weights):
-    """Whether a product with these weights, one below the other, is oneDNN's."""
-    one = weights[0]
-    size = sum(w.numel() for w in weights)
-    return ONEDNN is not None and one.device.type == "cpu" and one.dtype == torch.float32 and size >= LEAST
+def worth_it(weight, size):
+    """Whether products with a weight of `size` elements, or one like it, are oneDNN's."""
+    return size >= LEAST and ONEDNN is not None and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def multiply(x, weight):
@@ -50,7 +49,7 @@ class Product(torch.autograd.Function):
 
 def linear(x, weight):
     """x (..., inputs) W^T."""
-    if not worth_it(weight) or not x.numel():
+    if not worth_it(weight, weight.numel()) or not x.numel():
         return F.linear(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return Product.apply(x, weight)
@@ -62,20 +61,25 @@ def linear(x, weight):
 
 
 @contextlib.contextmanager
-def packed(layers, rows, steps):
-    """While it lasts, `layers` multiply with packed copies of their weights, which must not change meanwhile: where that
-    pays, for `steps` steps of `rows` rows. A layer has `parts()`, linear layers whose outputs stand side by side, and
-    an attribute `packed`: None, or the copy of their `whole()` weights."""
-    room = MOST if rows > FEW and steps >= 16 else 0
+def decoding(layers, rows, steps):
+    """For `steps` steps of `rows` rows, while which the weights of `layers` must not change: they multiply with packed
+    copies of them where that pays, and on one thread where a product is over sooner than threads have met.
+
+    A layer has `parts()`, linear layers whose outputs stand side by side, and an attribute `packed`: None, or the copy
+    of their `whole()` weights."""
+    threads, room = torch.get_num_threads(), MOST if rows > FEW and steps >= 16 else 0
+    sizes = {layer: sum(part.weight.numel() for part in layer.parts()) for layer in layers}
     try:
-        for layer in layers:
+        if layers[0].parts()[0].weight.device.type == "cpu" and rows * max(sizes.values()) < SMALL:
+            torch.set_num_threads(1)
+        for layer, size in sizes.items():
             parts = layer.parts()
-            size = sum(part.weight.numel() for part in parts)
-            if size <= room and worth_it(*(part.weight for part in parts)):
+            if size <= room and worth_it(parts[0].weight, size):
                 whole = torch.cat([part.whole() for part in parts])
                 layer.packed = torch.ops.mkldnn._reorder_linear_weight(whole, None)
                 room -= size
         yield
     finally:
+        torch.set_num_threads(threads)
         for layer in layers:
             layer.packed = None

@@ -154,7 +154,7 @@ def pad_left(rows, device="cpu"):
 def shape_logits(logits, temperature, forbid=()):
     """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old,
     new and reference logprobs share (PPO_DETAILS 8, 11, 26)."""
-    logits = logits.float() / temperature if temperature else logits.float()
+    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
     return (
         logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf")) if len(forbid) else logits
     )
@@ -279,7 +279,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     lengths = torch.full((B,), max_new_tokens, device=device)
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
     ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
-    with model.packed(B, max_new_tokens):
+    with model.decoding(B, max_new_tokens):
         logits = decoder.prefill(tokens, mask)
         new = []  # (ids, logprobs) of the steps since `out` was last filled
         for t in range(max_new_tokens):

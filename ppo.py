@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from checkpoint import checksum, load_optimizer, optimizer_state
 from generation import pad_left, pad_right
@@ -44,6 +45,11 @@ class PPOOptions:
     )
     kl_target: float = option(0.0, "adapt beta until the KL of a response is this many nats; 0 keeps beta", least=0)
     clip: float = option(0.2, "PPO's clip range of the ratio", least=0)
+    kl_stop: float = option(
+        0.0,
+        "approx_kl of a minibatch, in nats a token, after which the rest of the update is left out; 0: never",
+        least=0,
+    )
     value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
     discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
     gae_lambda: float = option(0.95, "lambda of GAE", least=0, most=1)
@@ -193,17 +199,14 @@ def compute_gae(rewards, values, mask, gamma, lam):
     whitened, 0 outside the mask, in the dtype given.
     Example: rewards 0 0 1, values .5 .5 .5, gamma = lam = 1: advantages .5 .5 .5, returns 1 1 1.
     """
-    advantages = torch.zeros_like(rewards)
-    following = torch.zeros_like(rewards[:, 0])  # the advantage one token later
-    next_values = torch.zeros_like(rewards[:, 0])
     mask = mask.bool()
     rewards, values = rewards.where(mask, 0.0), values.where(mask, 0.0)
-    for t in reversed(range(rewards.shape[1])):
-        real = mask[:, t].to(rewards.dtype)
-        delta = rewards[:, t] + gamma * next_values - values[:, t]
-        following = (delta + gamma * lam * following) * real
-        next_values = values[:, t]
-        advantages[:, t] = following
+    deltas = rewards + gamma * F.pad(values[:, 1:], (0, 1)) - values
+    following, advantages = torch.zeros_like(rewards[:, 0]), []  # `following`: the advantage one token later
+    for delta in reversed(deltas.unbind(1)):
+        following = delta + gamma * lam * following
+        advantages.append(following)
+    advantages = torch.stack(advantages[::-1], 1) * mask
     return advantages, (advantages + values) * mask
 
 
@@ -597,27 +600,36 @@ class PPOTrainer:
         return values, *compute_gae(rewards, values, mask, o.discount, o.gae_lambda), learnt or None
 
     def update(self, batch, advantages, returns, old_values, graph=None, learnt=None):
-        """epochs x minibatches optimizer steps for each of actor and critic; `graph` as `self.read`, `learnt` as
+        """epochs x minibatches optimizer steps for each of actor and critic, or fewer by `kl_stop`; `graph` as `self.read`, `learnt` as
         `self.judge` gave it. Every loss is a sum over a microbatch divided by the number of real tokens in the whole
         minibatch (PPO_DETAILS 20)."""
-        o, totals, ratio_first = self.options, {}, None
-        for _ in range(o.epochs):
-            for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
-                rows = rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
-                count = batch.response_mask[rows].sum()
-                parts = [rows.sort().values] if graph else rows.split(o.microbatch)  # a graph is of the batch as it is
-                parts = [self.policy_backward(batch, part, advantages, count, graph) for part in parts]
-                if ratio_first is None:  # of the whole first minibatch, the ratio that is farthest from 1
-                    ratio_first = max((p["ratio"] for p in parts), key=lambda r: abs(r - 1))
-                parts.append(self.optimize(0))  # whose gradients are gone before the critic's come
-                parts += learnt or self.learn_values(batch, rows, returns, old_values, count)
-                for name, figure in (item for part in parts for item in part.items()):
-                    totals[name] = totals.get(name, 0.0) + figure
-                graph = learnt = None
+        o, totals, ratio_first, done = self.options, {}, None, 0
+        for rows in self.minibatches(batch):
+            count = batch.response_mask[rows].sum()
+            parts = [rows.sort().values] if graph else rows.split(o.microbatch)  # a graph is of the batch as it is
+            parts = [self.policy_backward(batch, part, advantages, count, graph) for part in parts]
+            if ratio_first is None:  # of the whole first minibatch, the ratio that is farthest from 1
+                ratio_first = max((p["ratio"] for p in parts), key=lambda r: abs(r - 1))
+            approx_kl = sum(p["approx_kl"] for p in parts)
+            parts.append(self.optimize(0))  # whose gradients are gone before the critic's come
+            parts += learnt or self.learn_values(batch, rows, returns, old_values, count)
+            for name, figure in (item for part in parts for item in part.items()):
+                totals[name] = totals.get(name, 0.0) + figure
+            graph, learnt, done = None, None, done + 1
+            if o.kl_stop and approx_kl > o.kl_stop:
+                break
         del totals["ratio"]
         skipped = totals.pop("skipped_updates")
-        means = {name: x / (o.epochs * o.minibatches) for name, x in totals.items()}
-        return means | {"ratio_first": ratio_first, "skipped_updates": skipped}
+        means = {name: x / done for name, x in totals.items()}
+        return means | {"ratio_first": ratio_first, "skipped_updates": skipped, "updates": done}
+
+    def minibatches(self, batch):
+        """The rows of each optimizer step: `epochs` passes in random order, each minibatch by length."""
+        for _ in range(self.options.epochs):
+            for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(
+                self.options.minibatches
+            ):
+                yield rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
 
     def learn_values(self, batch, rows, returns, old_values, count):
         """One optimizer step of the critic on `rows`. Returns its figures, a dict a microbatch."""

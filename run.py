@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import checkpoint
 from data import world
 from hf_tokenizer import companions
 from tokenizer import load_tokenizer
-from weights import InputError, is_model, locate, read_config, read_json, sync, write_json
+from weights import InputError, fingerprint, is_model, locate, read_config, read_json, sync, write_json
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
 ABOUT_THE_CALL = (
@@ -32,6 +33,14 @@ ABOUT_THE_CALL = (
     "max_skipped",
 )  # no step differs by these
 ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # and by these in the last bits alone
+
+
+NEEDS = {
+    "plus": ("reward",),
+    "coarse": ("reward",),
+    "fine": ("coarse", "sft"),
+    "eval": ("sft", "plus", "coarse", "fine"),
+}  # the stages whose folders a stage reads
 
 
 class Stopped(Exception):
@@ -115,6 +124,7 @@ class Run:
         self.dtype = getattr(torch, o.dtype)
         self.target, self.checkpoints = target(self.folder, stage), self.folder / "checkpoint" / stage
         self.done, self.found = 0, None
+        self.fingerprint = functools.cache(fingerprint)
         if stage in ("report", "chat"):
             return
         if (self.folder / ".lock").exists():  # before anything is loaded, and again when it starts
@@ -144,8 +154,35 @@ class Run:
             if name not in ROUNDING:
                 raise InputError(f"{option}; the same goes on with it, --overwrite starts the stage anew")
             print(f"{option}: the last bits of the result may differ")
+        if self.found["read"] != self.read():
+            raise InputError(f"{self.checkpoints}: the interrupted run read other models than are there now; "
+                             "--overwrite starts the stage anew")  # fmt: skip
         if self.found["versions"] != versions():
             print(f"{self.found['versions']} in the interrupted run, {versions()} now: the last bits may differ")
+
+    def read(self, *more):
+        """Fingerprints of the models that the stage reads, `more` among them, so that one that has changed since it was
+        interrupted is noticed."""
+        o = self.o
+        given = {"reward": o.reward_model, "sft": o.sft_model}
+        made = [target(self.folder, stage) for stage in NEEDS.get(self.stage, ()) if not given.get(stage)]
+        named = [o.model, *more, *(given.get(stage) for stage in NEEDS.get(self.stage, ()))]
+        folders = [*filter(is_model, made), *filter(None, named)]
+        return [self.fingerprint(locate(folder)) for folder in folders]
+
+    def kept(self, name, make, *folders):
+        """`make()`, some JSON. A stage that goes on where it was interrupted finds it as it was made then, if it was
+        with the same options, models and `folders`."""
+        path = self.checkpoints / f"{name}.json"
+        options = checkpoint.pack(dataclasses.asdict(self.o), {})
+        of = {k: v for k, v in options.items() if k not in (*ABOUT_THE_CALL, *ROUNDING)}
+        of = {"options": of, "read": self.read(*folders)}
+        if self.o.resume and path.exists() and (found := read_json(path)).get("of") == of:
+            return checkpoint.unpack(found["made"], {})
+        made = checkpoint.pack(make(), {})
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"of": of, "made": made})
+        return checkpoint.unpack(made, {})
 
     def start(self):
         """The first thing written, once the stage has found its input sound: the options, and the logs without
@@ -153,7 +190,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock.take(self.folder)
         self.check()
-        if not self.found:
+        if not self.found and not self.o.resume:
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         for name in LOGS:
             self._rewrite(name, self.found["lines"][name] if self.found else 0)
@@ -224,7 +261,7 @@ class Run:
     def save_checkpoint(self, trainer):
         """All that decides how this stage goes on."""
         lines = {name: self._lines(name) for name in LOGS}
-        mine = {"options": dataclasses.asdict(self.o), "versions": versions(), "lines": lines}
+        mine = {"options": dataclasses.asdict(self.o), "versions": versions(), "lines": lines, "read": self.read()}
         checkpoint.save(
             self.checkpoints, self.done, mine | {"random": checkpoint.random_state(), "trainer": trainer.state()}
         )

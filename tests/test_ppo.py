@@ -570,6 +570,20 @@ def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row
     close([s.get_last_lr()[0] for s in trainer.schedules], [1e-3 / 10, 1e-2 / 10], 1e-9)  # it ends with the run
 
 
+def test_18_a_minibatch_over_kl_stop_is_the_last_of_its_update():
+    steps = {}
+    for bound in (0.0, 1e9, 1e-7):
+        trainer = make(batch=24, epochs=3, minibatches=2, microbatch=24, lr=1e-2, kl_stop=bound)
+        seen, real = [], trainer.policy_backward
+        trainer.policy_backward = lambda *a: seen.append(real(*a)["approx_kl"]) or real(*a)
+        figures = trainer.step()[0]
+        steps[bound] = figures["updates"]
+        assert figures["updates"] == len(seen)
+        assert all(kl <= (bound or 1e9) for kl in seen[:-1])
+        close(figures["approx_kl"], sum(seen) / len(seen), 1e-6)  # means are over the minibatches that were
+    assert steps == {0.0: 6, 1e9: 6, 1e-7: 2}  # the first minibatch has moved nothing yet
+
+
 def test_18_a_first_update_made_while_reading_is_the_update():
     """The critic's, row by row in `judge`, against one over returns made beforehand; the actor's, on the graph that
     read the old logprobs, against one that reads them again."""

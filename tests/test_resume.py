@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_c2f import CLOCKS, JUDGE, SIZES, content, main, make_base, refused, rows
 
+import c2f
 import checkpoint
 import ppo
 import reward
@@ -210,6 +213,70 @@ def test_other_data_at_the_same_place_does_not_go_on_with_it(stage, option, file
     finally:
         from_file.write_text(text)
     assert refused(done, "others")
+
+
+def test_a_base_that_was_trained_on_meanwhile_does_not_go_on_with_it(files, tmp_path, monkeypatch):
+    """Nor with its adapters: every other number would be as it was."""
+    base = shutil.copytree(files[files.index("--model") + 1], tmp_path / "base")
+    more = ("--model", base, "--lora-rank", 2)
+    interrupted("coarse", tmp_path / "run", 4, files, monkeypatch, more)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    done = main("--stage", "coarse", "--out", tmp_path / "run", *files, *FEW, "--resume", *more)
+    assert refused(done, "other models")
+
+
+@pytest.mark.parametrize("stage, module, name", [("fine", c2f, "fill"), ("eval", c2f.evaluation, "evaluate")])
+def test_fine_and_eval_go_on_with_what_they_have_measured(stage, module, name, files, tmp_path, monkeypatch):
+    """Each merge and each model is measured once, and the result is that of a run that was never interrupted."""
+    out, calls, real = tmp_path / "run", [], getattr(module, name)
+    for made in ("sft", "plus", "coarse", "fine"):
+        shutil.copytree(files[files.index("--model") + 1], out / made)
+    shutil.copytree(out, tmp_path / "whole")
+    if stage == "fine":
+        shutil.rmtree(out / "fine"), shutil.rmtree(tmp_path / "whole/fine")
+
+    def measured(*a, **k):
+        calls.append(1)
+        if len(calls) == stop:
+            raise Killed
+        return real(*a, **k)
+
+    monkeypatch.setattr(module, name, measured)
+    options = (*files, *FEW, "--gammas", "0,0.3,0.7,1", "--limit", "2", "--samples", "1")
+    stop = 3
+    with pytest.raises(Killed):
+        main("--stage", stage, "--out", out, *options)
+    assert (out / "checkpoint" / stage).is_dir()
+    stop, calls[:] = 0, []
+    assert main("--stage", stage, "--out", out, *options, "--resume").code == 0
+    total = 4 if stage == "fine" else 5
+    assert len(calls) == total - 2 and not (out / "checkpoint").exists()
+    calls[:] = []
+    assert main("--stage", stage, "--out", tmp_path / "whole", *options).code == 0 and len(calls) == total
+    result = {"fine": "sweep.json", "eval": "results.json"}[stage]
+    assert (out / result).read_bytes() == (tmp_path / "whole" / result).read_bytes()
+
+
+def test_what_fine_had_measured_of_other_models_is_measured_again(files, tmp_path, monkeypatch):
+    out, calls, real = tmp_path / "run", [], c2f.fill
+    for made in ("sft", "coarse"):
+        shutil.copytree(files[files.index("--model") + 1], out / made)
+
+    def measured(*a):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+        return real(*a)
+
+    monkeypatch.setattr(c2f, "fill", measured)
+    with pytest.raises(Killed):
+        main("--stage", "fine", "--out", out, *files, *FEW)
+    weights = load_file(out / "coarse/model.safetensors")
+    save_file({n: -w for n, w in weights.items()}, out / "coarse/model.safetensors", {"format": "pt"})
+    assert main("--stage", "fine", "--out", out, *files, *FEW, "--resume").code == 0
+    assert len(calls) == 2 + 3
 
 
 @pytest.mark.parametrize("stage", ["sft", "coarse"])
