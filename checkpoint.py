@@ -93,7 +93,7 @@ def digest(path):
 def pack(value, tensors, name="state"):
     """`value` as strict JSON; its tensors go to `tensors`, by names that say where they stand."""
     if isinstance(value, torch.Tensor):
-        tensors[name] = whole(value)
+        tensors[name] = whole(value).cpu().contiguous()
         return {"$tensor": name}
     if isinstance(value, dict):
         return {key: pack(v, tensors, f"{name}.{key}") for key, v in value.items()}

@@ -103,7 +103,7 @@ class RewardModel(ScalarModel):
 
 def fingerprint(trunk):
     """A hash of a few numbers of each tensor: whether an adapter belongs to these weights."""
-    few = [whole(p.detach().flatten()[:: max(1, p.numel() // 64)][:64]).float() for p in trunk.parameters()]
+    few = [whole(p).flatten()[:: max(1, p.numel() // 64)][:64].float().cpu() for p in trunk.parameters()]
     return hashlib.sha256(torch.cat(few).numpy().tobytes()).hexdigest()
 
 

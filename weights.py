@@ -292,7 +292,7 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     with replacing(folder) as temporary:
         shards, shard, size = [], {}, 0
         for name, tensor in tensors:
-            tensor = whole(tensor)
+            tensor = whole(tensor).cpu().contiguous()
             if shard and size + tensor.nbytes > shard_bytes:
                 shards.append(_write_shard(temporary, len(shards), shard))
                 shard, size = {}, 0
@@ -314,9 +314,9 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
 
 
 def whole(tensor):
-    """A tensor on the CPU: all of it, where several processes hold a part each (a DTensor)."""
+    """The values of a tensor: all of it, where several processes hold a part each (a DTensor)."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def write_tensors(path, tensors):
