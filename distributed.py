@@ -51,32 +51,54 @@ control = None  # a group on the CPU
 class Share:
     """Which process computes which row of a batch. All have `count` places; one that is left over computes row 0.
 
-    5 rows, 2 processes: places (process, place) 00 01 02 10 11, 12 is left over. Of these keep rows 0 1 4: 00 01 10.
+    5 rows, 2 processes: places (process, place) 00 01 02 10 11; 12 is left over. Of these keep rows 0 1 4: 00 01 10.
     """
 
-    def __init__(self, rows):
-        self.count = -(-rows // WORLD)
-        self.places = [divmod(row, self.count) for row in range(rows)]
+    cache = None
 
-    def keep(self, rows):
-        """Leaves the rows of the batch in `rows`. Returns which of its places this process is to keep, as places."""
-        kept = [self.places[row] for row in rows]
-        of_each = [[place for process, place in kept if process == i] for i in range(WORLD)]
-        self.count = max(map(len, of_each))
-        self.places = [(process, of_each[process].index(place)) for process, place in kept]
-        return of_each[RANK] + [0] * (self.count - len(of_each[RANK]))
+    def __init__(self, rows, device):
+        self.count, self.device = -(-rows // WORLD), device
+        self.settle([divmod(row, self.count) for row in range(rows)])
+
+    def settle(self, places):
+        """Takes the (process, place) of every row."""
+        at = {place: row for row, (process, place) in enumerate(places) if process == RANK}
+        order = [process * self.count + place for process, place in places]
+        self.places, self.gap = places, order != list(range(WORLD * self.count))
+        self.mine = torch.tensor([at.get(place, 0) for place in range(self.count)], device=self.device)
+        self.order = torch.tensor(order, device=self.device)
 
     def own(self, x):
         """x (B, ...) -> (count, ...), the rows of this process."""
-        at = {place: row for row, (process, place) in enumerate(self.places) if process == RANK}
-        return x[torch.tensor([at.get(place, 0) for place in range(self.count)], device=x.device)]
+        return x[self.mine]
 
     def all(self, own):
         """own (count, ...) of each process -> (B, ...)."""
-        order, gathered = [process * self.count + place for process, place in self.places], Gather.apply(own)
-        if order == list(range(len(gathered))):
-            return gathered
-        return gathered.index_select(0, torch.tensor(order, device=own.device))
+        gathered = Gather.apply(own)
+        return gathered.index_select(0, self.order) if self.gap else gathered
+
+
+class SharedCache(Share):
+    """A cache of this process's rows of a batch, of which rows are dropped as of a whole one."""
+
+    def __init__(self, config, batch, columns, device, dtype, static):
+        self.batch, self.device = batch, device
+        self.cache = generation.Cache(config, -(-batch // WORLD), columns, device, dtype)
+        self.reset()
+
+    def reset(self):
+        super().__init__(self.batch, self.device)
+        self.cache.reset()
+        self.rows, self.stays = self.batch, None
+
+    def keep(self, rows):
+        """A process with fewer of the rows than another goes on with its place 0 as well, so that all keep step."""
+        kept = [self.places[row] for row in rows.tolist()]
+        of_each = [[place for process, place in kept if process == i] for i in range(WORLD)]
+        self.rows, self.count = len(kept), max(map(len, of_each))
+        self.settle([(process, of_each[process].index(place)) for process, place in kept])
+        mine = of_each[RANK] + [0] * (self.count - len(of_each[RANK]))
+        self.cache.keep(torch.tensor(mine, device=self.device))
 
 
 class Gather(torch.autograd.Function):
@@ -91,22 +113,6 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient.chunk(WORLD)[RANK] * WORLD
-
-
-class SharedCache:
-    """A cache with this process's rows of the batch, of which rows are dropped as of a whole one."""
-
-    def __init__(self, config, batch, columns, device, dtype, static):
-        self.batch, self.own = batch, generation.Cache(config, -(-batch // WORLD), columns, device, dtype)
-        self.reset()
-
-    def reset(self):
-        self.own.reset()
-        self.rows, self.share, self.gathers = self.batch, Share(self.batch), None
-
-    def keep(self, rows):
-        self.rows = len(rows)
-        self.own.keep(torch.tensor(self.share.keep(rows.tolist()), device=rows.device))
 
 
 class SharedTrunk(model.Trunk):
@@ -124,26 +130,27 @@ class SharedTrunk(model.Trunk):
         fully_shard(self, **how, ignored_params={self.embed_tokens.weight, self.norm.weight})
 
     def forward(self, tokens, mask=None, cache=None):
-        if cache is not None and cache.gathers is None:
-            cache.gathers = self.fits()
-        self.gather(cache is not None and cache.gathers)
+        """As a whole trunk's."""
+        share = cache or Share(len(tokens), tokens.device)
+        if cache and cache.stays is None:
+            cache.stays = self.fits()
+        self.gather(bool(cache) and cache.stays)
         self.average()
-        share = Share(len(tokens)) if cache is None else cache.share
         masked = None if mask is None else share.own(mask)
-        return share.all(super().forward(share.own(tokens), masked, None if cache is None else cache.own))
+        return share.all(super().forward(share.own(tokens), masked, share.cache))
 
     def fits(self):
         """Whether every process has room for all layers."""
-        needed, device = sum(p.nbytes for p in self.layers.parameters()), self.norm.weight.device
-        if device.type == "cpu":
+        if self.norm.weight.device.type == "cpu" or SharedTrunk.decoding is self:
             return True
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        needed = sum(p.nbytes for p in self.layers.parameters())
         return not most(needed > (torch.cuda.mem_get_info()[0] + unused) / 2)
 
     def gather(self, stays):
         """Whether the layers stay whole after this forward pass; those of a trunk that has decoded are dropped."""
         before = SharedTrunk.decoding
-        if before is not None and (before is not self or not stays):
+        if before and (before is not self or not stays):
             before.set_reshard_after_forward(True)
             for layer in before.layers:
                 layer.reshard()
