@@ -25,6 +25,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from datetime import timedelta
 
 import torch
@@ -41,8 +42,8 @@ from weights import InputError, whole
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 SHARED = ("reward", "sft", "plus", "coarse")
-LONG = timedelta(days=365)  # a process that waits is told when the other dies: see `watch`
-control = None  # a group on the CPU
+LONG = timedelta(days=365)  # a process that waits for another is told when that dies: see `watch`
+control = mesh = None  # a group on the CPU for what is no arithmetic; the processes as FSDP wants them
 
 
 # ---------------------------------------------------------------- the trunk's share of the work
@@ -122,7 +123,7 @@ class SharedTrunk(model.Trunk):
 
     def __init__(self, config):
         super().__init__(config)
-        how = dict(mesh=mesh(), mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         for layer in self.layers:
             layer.self_attn.join = layer.mlp.join = lambda: None  # the matrix would be a whole copy
             fully_shard(layer, **how)
@@ -145,7 +146,7 @@ class SharedTrunk(model.Trunk):
             return True
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         needed = sum(p.nbytes for p in self.layers.parameters())
-        return not most(needed > (torch.cuda.mem_get_info()[0] + unused) / 2)
+        return not most(int(needed > (torch.cuda.mem_get_info()[0] + unused) / 2))
 
     def gather(self, stays):
         """Whether the layers stay whole after this forward pass; those of a trunk that has decoded are dropped."""
@@ -165,11 +166,6 @@ class SharedTrunk(model.Trunk):
             if p.requires_grad and p not in self.hooked:
                 p.register_hook(mean)
                 self.hooked.add(p)
-
-
-@functools.cache
-def mesh():
-    return init_device_mesh("cuda" if "nccl" in dist.get_backend() else "cpu", (WORLD,))
 
 
 def mean(gradient):
@@ -326,34 +322,32 @@ def together(recipe, work, error, given, *args):
         dist.barrier(control)
     except (Exception, KeyboardInterrupt) as e:
         time.sleep(1)  # it may be the echo of another's end, which is then said first
-        if given.get("debug") and not isinstance(e, run.Stopped):
-            os.dup2(error, 2)
-            raise
         status, line = recipe.explain(e)
-        say(line)
+        say(traceback.format_exc() if given.get("debug") and not isinstance(e, run.Stopped) else line)
         goodbye(watched, 1)
-        os._exit(status)  # no tidying up, which the others would have to take part in
+        end(status)
     goodbye(watched, 0)
     watcher.join()
     dist.destroy_process_group()
 
 
 def join(given):
-    """The process groups: (store, group of `watch`)."""
-    global control
+    """Makes the process groups. Returns (store, the group of `watch`)."""
+    global control, mesh
     device, local = given.get("device") or "cuda", int(os.environ["LOCAL_RANK"])
-    if ":" in device:
-        raise InputError(f"--device: {device} given; torchrun gives each process its own, --device cuda is all of them")
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device: {device} given; under torchrun it is cpu, or cuda for a GPU a process")
     if device == "cuda" and torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise InputError(f"torchrun --nproc-per-node: {torch.cuda.device_count()} GPUs are there, one a process")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
     else:
-        backend = "gloo"
+        device, backend = "cpu", "gloo"
     store, *_ = next(dist.rendezvous("env://"))
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
     control, watched = (dist.new_group(backend="gloo", timeout=LONG) for _ in range(2))
+    mesh = init_device_mesh(device, (WORLD,))
     return store, watched
 
 
@@ -366,10 +360,16 @@ def watch(group, say):
     except RuntimeError:
         say(f"process {other} of {WORLD} died (killed, or out of memory); the same command with --resume goes on from "
             "the last checkpoint")  # fmt: skip
-        os._exit(1)
+        end(1)
     if word:
         time.sleep(10)  # a failure that was said; time to end by oneself
-        os._exit(1)
+        end(1)
+
+
+def end(status):
+    """Without tidying up, in which the others would have to take part."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def goodbye(group, failed):
@@ -379,8 +379,9 @@ def goodbye(group, failed):
 
 def say_once(store, error, line):
     """Writes the line where no process has yet written one; returns when it is written."""
-    if store.add("said", 1) == 1:
-        os.write(error, f"c2f.py: {line}\n".encode())
-        store.set("written", "")
-    else:
-        store.wait(["written"], timedelta(seconds=5))
+    with contextlib.suppress(RuntimeError):  # torchrun, which has the store, is gone
+        if store.add("said", 1) == 1:
+            os.write(error, f"c2f.py: {line}\n".encode())
+            store.set("written", "")
+        else:
+            store.wait(["written"], timedelta(seconds=5))

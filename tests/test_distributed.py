@@ -13,7 +13,7 @@ from test_c2f import CLOCKS, SIZES, main, make_base, rows
 import c2f
 import checkpoint
 from data import world
-from model import Mistral
+from model import Config, Mistral, initialize
 from reward import RewardModel
 from tokenizer import load_tokenizer
 
@@ -35,9 +35,14 @@ def length(texts):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(options that name a random model of 30 thousand parameters and few data, the folder of the score function)."""
+    """(options that name a random model of 30 thousand parameters and few data; the folder of all that, of the score
+    function, and of a `tied` model)."""
     folder = tmp_path_factory.mktemp("files")
-    make_base(folder / "base", load_tokenizer(world.TINY))
+    tokenizer = load_tokenizer(world.TINY)
+    make_base(folder / "base", tokenizer)
+    sizes = dict(hidden_size=36, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6, head_dim=8)
+    tied = Config(tokenizer.vocab_size, **sizes, num_key_value_heads=3, tie_word_embeddings=True)
+    initialize(Mistral(tied), torch.Generator().manual_seed(0)).save_pretrained(folder / "tied", tokenizer.files)
     pairs = next(p for p in sorted((world.TINY / "preferences").rglob("*")) if p.is_file())
     for name, source, count in (
         ("prompts.txt", world.TINY / "prompts.txt", 12),
@@ -97,18 +102,19 @@ def same(folder, other, *stages):
 
 
 RUNS = {  # processes, options
-    "2": (2, ["--score", "judge:length"]),
+    "2, tied": (2, ["--score", "judge:length", "--model", "TIED"]),
     "3 with adapters": (3, ["--lora-rank", "2"]),
     "3": (3, ["--score", "judge:length", "--minibatches", "1", "--checkpointing"]),
     "2 with adapters": (2, ["--lora-rank", "2", "--checkpointing", "--batch", "1", "--minibatches", "1"]),
     "2 in bf16": (2, ["--dtype", "bfloat16"]),
 }
-FEW = ("2", "3 with adapters")
+FEW = ("2, tied", "3 with adapters")
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.faults) for n in RUNS])
 def test_all_stages_give_what_one_process_gives(name, files, tmp_path):
     count, more = RUNS[name]
+    more = [files.folder / "tied" if option == "TIED" else option for option in more]
     done = several(count, files, "--stage", "all", "--out", tmp_path / "several", *more)
     assert (done.code, done.said) == (0, []) and "Warning" not in done.err, done.err
     assert one(files, "--stage", "all", "--out", tmp_path / "one", *more).code == 0
