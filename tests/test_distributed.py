@@ -18,7 +18,7 @@ from reward import RewardModel
 from tokenizer import load_tokenizer
 
 # A score function that at its 19th call, in the third step, does to a process what TROUBLE says.
-JUDGE = """
+TROUBLE = """
 import os, signal, time
 calls = []
 def length(texts):
@@ -50,12 +50,11 @@ def files(tmp_path_factory):
         ("preferences.jsonl", pairs, 60),
     ):
         (folder / name).write_bytes(b"".join(source.read_bytes().splitlines(keepends=True)[:count]))
-    (folder / "judge.py").write_text(JUDGE)
+    (folder / "trouble.py").write_text(TROUBLE)
     options = f"--model {folder}/base --prompts {folder}/prompts.txt --instructions {folder}/instructions.jsonl"
     options = f"{options} --preferences {folder}/preferences.jsonl --device cpu --limit 4"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        patch.delitem(sys.modules, "judge", raising=False)
         yield SimpleNamespace(options=[*options.split(), *SIZES], folder=folder)
 
 
@@ -76,13 +75,13 @@ def one(files, *more):
 
 
 def close(a, b):
-    """Equal, numbers to 1e-5 of them; what is nearly 0, to the rounding of the terms of size 1 that it is made of."""
+    """Equal, numbers to 1e-5 of them; what is nearly 0 (kl, policy_loss), to the rounding of the logprobs in it."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(close(a[k], b[k]) for k in a if k not in CLOCKS)
     if isinstance(a, list):
         return len(a) == len(b) and all(map(close, a, b))
     if isinstance(a, float):
-        return abs(a - b) <= 1e-5 * abs(a) + 1e-6
+        return abs(a - b) <= 1e-5 * abs(a) + 5e-6
     return a == b
 
 
@@ -101,35 +100,36 @@ def same(folder, other, *stages):
 # ---------------------------------------------------------------- the same numbers
 
 
-RUNS = {  # processes, options
-    "2, tied": (2, ["--score", "judge:length", "--model", "TIED"]),
-    "3 with adapters": (3, ["--lora-rank", "2"]),
-    "3": (3, ["--score", "judge:length", "--minibatches", "1", "--checkpointing"]),
-    "2 with adapters": (2, ["--lora-rank", "2", "--checkpointing", "--batch", "1", "--minibatches", "1"]),
-    "2 in bf16": (2, ["--dtype", "bfloat16"]),
+RUNS = {  # processes, stage, options
+    "2, tied": (2, "all", ["--score", "trouble:length", "--model", "TIED"]),
+    "3 with adapters": (3, "coarse", ["--lora-rank", "2", "--score", "trouble:length"]),
+    "3": (3, "all", ["--score", "trouble:length", "--minibatches", "1", "--checkpointing"]),
+    "2 with adapters": (2, "all", ["--lora-rank", "2", "--checkpointing", "--batch", "1", "--minibatches", "1"]),
+    "3 with adapters, all stages": (3, "all", ["--lora-rank", "2"]),
 }
 FEW = ("2, tied", "3 with adapters")
+TRAINED = ("reward", "sft", "plus", "coarse", "fine")
 
 
 @pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.faults) for n in RUNS])
-def test_all_stages_give_what_one_process_gives(name, files, tmp_path):
-    count, more = RUNS[name]
+def test_several_give_what_one_process_gives(name, files, tmp_path):
+    count, stage, more = RUNS[name]
     more = [files.folder / "tied" if option == "TIED" else option for option in more]
-    done = several(count, files, "--stage", "all", "--out", tmp_path / "several", *more)
+    done = several(count, files, "--stage", stage, "--out", tmp_path / "several", *more)
     assert (done.code, done.said) == (0, []) and "Warning" not in done.err, done.err
-    assert one(files, "--stage", "all", "--out", tmp_path / "one", *more).code == 0
-    assert same(tmp_path / "several", tmp_path / "one", "reward", "sft", "plus", "coarse", "fine")
+    assert one(files, "--stage", stage, "--out", tmp_path / "one", *more).code == 0
+    assert same(tmp_path / "several", tmp_path / "one", *(TRAINED if stage == "all" else [stage]))
     assert close(rows(tmp_path / "several", "samples.jsonl"), rows(tmp_path / "one", "samples.jsonl"))
     files_of = lambda run: sorted(str(p.relative_to(run)) for p in run.rglob("*"))
     assert files_of(tmp_path / "several") == files_of(tmp_path / "one")
-    assert done.out.count("merged at gamma") == 1 and done.out.count("report.png") == 1
+    assert len(re.findall(r"^coarse: \d+ s$", done.out, re.M)) == 1  # the others are silent
 
 
 # ---------------------------------------------------------------- stopping and going on
 
 
 def test_a_signal_stops_all_after_the_same_step_and_any_number_goes_on(files, tmp_path):
-    more = ["--stage", "coarse", "--score", "judge:length", "--steps", "5", "--out"]
+    more = ["--stage", "coarse", "--score", "trouble:length", "--steps", "5", "--out"]
     cut = tmp_path / "cut"
     done = several(2, files, *more, cut, trouble="stop")
     assert done.code != 0 and len(done.said) == 1, done.err
@@ -142,12 +142,13 @@ def test_a_signal_stops_all_after_the_same_step_and_any_number_goes_on(files, tm
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("first, then", [(1, 2), (2, 3), (3, 2)])
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("stage", ["reward", "sft", "coarse"])
+@pytest.mark.parametrize(
+    "stage, first, then, lora",
+    [("coarse", 1, 2, 0), ("coarse", 2, 3, 2), ("plus", 3, 2, 0), ("reward", 3, 2, 2), ("sft", 2, 3, 0)],
+)
 def test_a_checkpoint_goes_on_with_another_number_of_processes(stage, first, then, lora, files, tmp_path):
     """The first run fails in its last step, for want of a place to put the model; what it saved is of step 2."""
-    more = ["--stage", stage, "--lora-rank", lora, "--score", "judge:length", "--save-every", "2"]
+    more = ["--stage", stage, "--lora-rank", lora, "--score", "trouble:length", "--save-every", "2"]
     assert one(files, *more, "--out", tmp_path / "whole").code == 0
     (tmp_path / "cut").mkdir()
     (tmp_path / f"cut/.{stage}.writing").write_text("in the way")
@@ -164,10 +165,10 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(stage, first, the
 
 
 def test_a_killed_process_ends_the_run_with_one_line(files, tmp_path):
-    more = ["--stage", "coarse", "--score", "judge:length", "--save-every", "1", "--out", tmp_path]
-    done = several(3, files, *more, trouble="kill")
+    more = ["--stage", "coarse", "--score", "trouble:length", "--save-every", "1", "--out", tmp_path]
+    done = several(2, files, *more, trouble="kill")
     assert done.code != 0 and len(done.said) == 1, done.err
-    assert re.search("process 2 of 3 died.*--resume", done.said[0]) and "c2f.main" not in done.err
+    assert re.search("process 1 of 2 died.*--resume", done.said[0]) and "c2f.main" not in done.err
     assert checkpoint.latest(tmp_path / "checkpoint/coarse")[0] == 2 and not (tmp_path / "coarse").exists()
 
 
@@ -176,7 +177,7 @@ def test_a_killed_process_ends_the_run_with_one_line(files, tmp_path):
     [
         (["--stage", "sft", "--model", "nowhere"], "nowhere"),
         pytest.param(["--stage", "sft", "--steps", "many"], "--steps", marks=pytest.mark.faults),
-        pytest.param(["--stage", "plus", "--score", "judge:missing"], "judge:missing", marks=pytest.mark.faults),
+        pytest.param(["--stage", "plus", "--score", "trouble:missing"], "trouble:missing", marks=pytest.mark.faults),
         pytest.param(["--stage", "fine", "--gamma", "2"], "gamma", marks=pytest.mark.faults),
         pytest.param(["--stage", "sft", "--device", "cpu:0"], "--device", marks=pytest.mark.faults),
     ],
