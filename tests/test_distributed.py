@@ -64,7 +64,7 @@ def several(count, files, *more, trouble=""):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     command += [c2f.__file__, *files.options, *more]
     env = os.environ | {"TROUBLE": trouble, "OMP_NUM_THREADS": "1"}
-    how = dict(cwd=files.folder, env=env, capture_output=True, text=True, timeout=60 if trouble else 300)
+    how = dict(cwd=files.folder, env=env, capture_output=True, text=True, timeout=120 if trouble else 600)
     done = subprocess.run(list(map(str, command)), **how)
     said = [line for line in done.stderr.splitlines() if line.startswith("c2f.py:")]
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, said=said)
