@@ -770,4 +770,8 @@ def explain(e):
 
 
 if __name__ == "__main__":
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun started several of us
+        import distributed
+
+        distributed.enter(sys.modules[__name__])
     sys.exit(main())

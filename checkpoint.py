@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from weights import InputError, read_json, read_tensors, replacing, write_tensors
+from weights import InputError, read_json, read_tensors, replacing, whole, write_tensors
 
 KEPT = 2  # the newest, and the one before in case the newest is damaged
 
@@ -93,7 +93,7 @@ def digest(path):
 def pack(value, tensors, name="state"):
     """`value` as strict JSON; its tensors go to `tensors`, by names that say where they stand."""
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.detach().cpu().contiguous()
+        tensors[name] = whole(value).cpu().contiguous()
         return {"$tensor": name}
     if isinstance(value, dict):
         return {key: pack(v, tensors, f"{name}.{key}") for key, v in value.items()}
@@ -142,7 +142,11 @@ def load_optimizer(optimizer, schedule, state):
         p.copy_(saved)
     optimizer.write_back()
     groups = [g | {"lr": lr} for g, lr in zip(optimizer.state_dict()["param_groups"], state["learning_rates"])]
-    optimizer.load_state_dict({"state": dict(state["moments"]), "param_groups": groups})
+    moments = {  # as each parameter lies: on its device, and where it is spread over several
+        i: {name: torch.empty_like(parameters[i]).copy_(x) if x.dim() else x for name, x in of_one.items()}
+        for i, of_one in state["moments"]
+    }
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     schedule.load_state_dict(state["schedule"])
 
 

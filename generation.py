@@ -185,14 +185,14 @@ class Decoder:
     CUDA graph, once for each number of rows, and replayed; the buffers are kept for the next call, and have room for
     a multiple of 256 tokens, so that a moving length limit seldom asks for new ones."""
 
-    RECORDS = ("cuda",)
+    RECORDS, CACHE = ("cuda",), Cache
 
     def __init__(self, model, batch, columns):
         device, dtype = model.device, model.lm_head.weight.dtype
         self.static = device.type in self.RECORDS
         columns = -(-columns // 256) * 256 if self.static else columns
         self.model, self.shape = model, (batch, columns, device, dtype)
-        self.cache = Cache(model.config, batch, columns, device, dtype, self.static)
+        self.cache = self.CACHE(model.config, batch, columns, device, dtype, self.static)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.graphs = {}  # rows -> (graph, logits)
 

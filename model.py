@@ -336,8 +336,9 @@ class Adapter(nn.Module):
         super().__init__()
         self.rank, self.alpha = rank, alpha
         layers = {n.replace(".", "/"): m.weight for n, m in trunk.named_modules() if isinstance(m, Linear)}
-        self.A = nn.ParameterDict({n: w.new_zeros(rank, w.shape[1]) for n, w in layers.items()})
-        self.B = nn.ParameterDict({n: w.new_zeros(w.shape[0], rank) for n, w in layers.items()})
+        zeros = lambda w, *shape: torch.zeros(shape, dtype=w.dtype, device=w.device)
+        self.A = nn.ParameterDict({n: zeros(w, rank, w.shape[1]) for n, w in layers.items()})
+        self.B = nn.ParameterDict({n: zeros(w, w.shape[0], rank) for n, w in layers.items()})
         for a in self.A.values():
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
 

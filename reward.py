@@ -20,7 +20,7 @@ from checkpoint import checksum, load_optimizer, optimizer_state
 from generation import pad_right
 from model import Adapter, ScalarModel, Shared, fill, save
 from training import by_length, descend, make_optimizer
-from weights import read_json, read_tensors
+from weights import read_json, read_tensors, whole
 
 ADAPTER = "adapter"  # the folder of a reward model's adapter, inside the model's own
 
@@ -103,7 +103,7 @@ class RewardModel(ScalarModel):
 
 def fingerprint(trunk):
     """A hash of a few numbers of each tensor: whether an adapter belongs to these weights."""
-    few = [p.detach().flatten()[:: max(1, p.numel() // 64)][:64].float().cpu() for p in trunk.parameters()]
+    few = [whole(p).flatten()[:: max(1, p.numel() // 64)][:64].float().cpu() for p in trunk.parameters()]
     return hashlib.sha256(torch.cat(few).numpy().tobytes()).hexdigest()
 
 

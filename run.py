@@ -245,15 +245,20 @@ class Run:
                 bar.set_postfix_str(" ".join(f"{label} {metrics[m]:.3g}" for m, label in names.items()))
                 in_a_row = in_a_row + 1 if metrics["skipped_updates"] else 0
                 failing = in_a_row >= o.max_skipped
-                if told or failing or o.save_every and self.done % o.save_every == 0 and self.done < o.steps:
+                stop = self.agreed(told[0] if told else 0)  # looked at once: a signal may come at any moment
+                if stop or failing or o.save_every and self.done % o.save_every == 0 and self.done < o.steps:
                     self.save_checkpoint(trainer)
-                if told:
-                    raise Stopped(f"stopped after step {self.done}; {self.how_to_go_on()}", 128 + told[0])
+                if stop:
+                    raise Stopped(f"stopped after step {self.done}; {self.how_to_go_on()}", 128 + stop)
                 if failing:
                     raise Failed(
                         f"{self.stage}: {in_a_row} steps in a row had gradients that are not finite, and nothing was "
                         f"learnt from them; lower the learning rate, look at the scores; {self.how_to_go_on()}"
                     )
+
+    def agreed(self, number):
+        """The number of the signal that this process is to stop by, 0 for none."""
+        return number
 
     def how_to_go_on(self):
         return f"{self.checkpoints} has all of it, the same command with --resume goes on"

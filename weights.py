@@ -303,7 +303,7 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     with replacing(folder) as temporary:
         shards, shard, size = [], {}, 0
         for name, tensor in tensors:
-            tensor = tensor.detach().cpu().contiguous()
+            tensor = whole(tensor).cpu().contiguous()
             if shard and size + tensor.nbytes > shard_bytes:
                 shards.append(_write_shard(temporary, len(shards), shard))
                 shard, size = {}, 0
@@ -322,6 +322,12 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
                 _write_beside(temporary / file[0], file[1])
             else:
                 shutil.copyfile(file, temporary / Path(file).name)
+
+
+def whole(tensor):
+    """The values of a tensor: all of it, where several processes hold a part each (a DTensor)."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def write_tensors(path, tensors):
