@@ -35,6 +35,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.experimental import implicit_replication
 
 import checkpoint
+import cpu
 import generation
 import model
 import run
@@ -282,6 +283,7 @@ def in_turn(recipe, work, stage):
         replaced(model, Trunk=SharedTrunk),
         replaced(decoder, CACHE=SharedCache, RECORDS=()),
         replaced(generation, sample=sample),
+        replaced(cpu, MOST=0),  # packed, the layers would be whole
         replaced(recipe, imported=functools.partial(imported, recipe.imported)),
     ):
         work(stage)

@@ -678,7 +678,7 @@ class PPOTrainer:
     def explained(self, values, returns, mask):
         """1 - Var(returns - values) / Var(returns) over real tokens: 1 perfect, 0 no better than the mean."""
         v, r = values[mask], returns[mask]
-        return (1 - (r - v).var() / r.var().clamp_min(1e-8)).item()
+        return (1 - (r - v).var(correction=0) / r.var(correction=0).clamp_min(1e-8)).item()
 
 
 def correlation(x, y):

@@ -29,7 +29,7 @@ ROWS = {  # name: (where, command, figure to reach)
     "generate-tiny": ("cpu", "generate.py --case tiny", ""),
     "generate-smollm2": ("cpu", f"generate.py {SMOL} --runs 3", ">= 85% of the products, > 1x"),
     "train-tiny": ("cpu", "train.py --case tiny", ""),
-    "train-smollm2": ("cpu", f"train.py {SMOL} --steps 2 --repeats 2", ""),
+    "train-smollm2": ("cpu", f"train.py {SMOL} --steps 3 --repeats 2", ""),
     "scaling": ("cpu", "scaling.py --runs 1 --plot {results}/scaling.png", ""),
     "generate-7b": ("gpu", f"generate.py {GPU_7B} --batch 1 64", ">= 70% of bandwidth, >= 4x"),
     "ppo-7b": ("gpu", f"ppo_vs_trl.py {GPU_7B} --lora-rank 16 --microbatch 8 --checkpointing --steps 2 --repeats 1",
