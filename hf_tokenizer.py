@@ -132,7 +132,7 @@ def chat_template(tokenizer: Tokenizer) -> str:
         return "{{- " + " + ".join(SAID.get(part) or json.dumps(part, ensure_ascii=False) for part in parts) + " -}}"
 
     # mistral-common encodes each turn by itself, which puts SentencePiece's space before an answer behind a text.
-    spaced = t.apart and not (PART.findall(t.user) or [""])[-1] in tokenizer.controls
+    spaced = t.apart and (PART.findall(t.user) or [""])[-1] not in tokenizer.controls
     assistant = " " * spaced + t.assistant
     lines = [
         "{%- if messages[0]['role'] == 'system' -%}{%- set system = messages[0]['content'] -%}"

@@ -124,7 +124,7 @@ class Run:
         self.dtype = getattr(torch, o.dtype)
         self.target, self.checkpoints = target(self.folder, stage), self.folder / "checkpoint" / stage
         self.done, self.found = 0, None
-        self.fingerprint = functools.cache(fingerprint)
+        self.fingerprint = functools.cache(lambda folder: fingerprint(locate(folder)))
         if stage in ("report", "chat"):
             return
         if (self.folder / ".lock").exists():  # before anything is loaded, and again when it starts
@@ -168,7 +168,7 @@ class Run:
         made = [target(self.folder, stage) for stage in NEEDS.get(self.stage, ()) if not given.get(stage)]
         named = [o.model, *more, *(given.get(stage) for stage in NEEDS.get(self.stage, ()))]
         folders = [*filter(is_model, made), *filter(None, named)]
-        return [self.fingerprint(locate(folder)) for folder in folders]
+        return [self.fingerprint(folder) for folder in folders]
 
     def kept(self, name, make, *folders):
         """`make()`, some JSON. A stage that goes on where it was interrupted finds it as it was made then, if it was
@@ -177,8 +177,10 @@ class Run:
         options = checkpoint.pack(dataclasses.asdict(self.o), {})
         of = {k: v for k, v in options.items() if k not in (*ABOUT_THE_CALL, *ROUNDING)}
         of = {"options": of, "read": self.read(*folders)}
-        if self.o.resume and path.exists() and (found := read_json(path)).get("of") == of:
-            return checkpoint.unpack(found["made"], {})
+        if self.o.resume and path.exists():
+            found = read_json(path)
+            if isinstance(found, dict) and found.get("of") == of:
+                return checkpoint.unpack(found["made"], {})
         made = checkpoint.pack(make(), {})
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(path, {"of": of, "made": made})
