@@ -1,5 +1,7 @@
 """A model that says what it is told to: what `generate` and the metrics see of a model."""
 
+import contextlib
+
 import torch
 from torch import nn
 
@@ -33,6 +35,9 @@ class Parrot(nn.Module):
         hidden = torch.zeros(*tokens.shape, self.lm_head.in_features)
         hidden[:, -1, word] = 60.0
         return hidden
+
+    def decoding(self, rows, steps):
+        return contextlib.nullcontext()
 
 
 def parrot(tokenizer, text):
