@@ -61,7 +61,10 @@ class Job:
     @functools.cached_property
     def key(self):
         """Hash of the stage, its seed, its options, those of the jobs it reads, and the bundled world."""
-        named = lambda v: [named(x) for x in v] if isinstance(v, tuple) else v.key if isinstance(v, Job) else v  # noqa: E731
+
+        def named(v):
+            return [named(x) for x in v] if isinstance(v, tuple) else v.key if isinstance(v, Job) else v
+
         told = [self.stage, self.seed, [(n, named(v)) for n, v in sorted(self.options)], self.smoke, world_digest()]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
 
@@ -138,7 +141,10 @@ def start(job, cache):
     (folder / "job.json").write_text(json.dumps(told | {"before": job.record(cache).get("before", 0.0)}, indent=2))
     alone = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     with open(folder / "log.txt", "ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=alone)
+        # A session of its own: Ctrl-C reaches this process alone, which passes it on once; a second one stops at once.
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=alone, start_new_session=True
+        )
 
 
 def note(job, cache, seconds, finished):

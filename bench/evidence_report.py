@@ -1,6 +1,7 @@
 """docs/EVIDENCE.md and its pictures, from the JSON files of the experiments alone. Every number is formatted from them.
 
-A JSON holds {"seeds": {seed: {arm: {metric: value, "series": {metric: [a value a step]}}}}}; `data` below is its `seeds`.
+A JSON holds {"seeds": {seed: {arm: {metric: value, "series": {metric: [a value a step]}}}}}; `data` below is its
+`seeds`.
 """
 
 import json
@@ -15,7 +16,8 @@ NAMES = {
     "ended_rate": "properly ended", "length": "tokens an answer", "general": "general tasks",
     "fine_accuracy": "merged: correct", "fine_redundancy": "merged: redundancy", "fine_ended_rate": "merged: ended",
     "fine_length": "merged: tokens an answer", "second_score": "checker's score of the training answers",
-    "reward": "reward, deviations of the reference's", "kl": "KL from the reference, nats", "length_limit": "length limit",
+    "reward": "reward, deviations of the reference's", "kl": "KL from the reference, nats",
+    "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
     "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
     "jitter": "change of reward a step", "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
@@ -93,7 +95,8 @@ def claim_line(claim, data):
 
 
 def best_places(data, places, arms, metrics):
-    """Where along `places` the mean over seeds of each metric is best; metrics: {name: 1, or -1 where less is better}."""
+    """Where along `places` the mean over seeds of each metric is best; metrics: {name: 1, or -1 where less is
+    better}."""
     told = []
     for metric, sign in metrics.items():
         means = [sign * stats.interval(values(data, arm, metric))[0] for arm in arms]
@@ -166,7 +169,8 @@ def moving(values, window=5):
 
 
 def training(data, metrics, by_tokens=False):
-    """A panel a metric: the means over seeds, of five steps, along the training; over tokens where arms differ in those."""
+    """A panel a metric: the means over seeds, of five steps, along the training, or over the tokens
+    generated where arms differ in those."""
     figure, axes = canvas(1, len(metrics), 5.4, 4.2)
     for axis, metric in zip(axes[0], metrics):
         for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
@@ -225,8 +229,9 @@ def reward_data(data, sizes, flips):
     left = [(n, f"{n} pairs") for n in sizes] + [(everything, "all pairs")]
     right = [(0.0, "all pairs")] + [(f, f"{f:.0%} flipped") for f in flips]
     for axis, places, label in ((axes[0][0], left, "training pairs"), (axes[0][1], right, "share of flipped labels")):
-        for i, (metric, name) in enumerate((("pairs_accuracy", "held-out accuracy"), ("pairs_accuracy_cut", "without EOS"),
-                                            ("pairs_calibration", "calibration gap"))):  # fmt: skip
+        shown = {"accuracy": "held-out accuracy", "accuracy_cut": "without EOS", "calibration": "calibration gap"}
+        for i, (short, name) in enumerate(shown.items()):
+            metric = f"pairs_{short}"
             found = [stats.interval(values(data, arm, metric)) for _, arm in places]
             bars = [0 if math.isnan(h) else h for _, h in found]
             axis.errorbar([x for x, _ in places], [m for m, _ in found], yerr=bars, fmt="o-", capsize=3,
@@ -243,17 +248,18 @@ def reward_data(data, sizes, flips):
 
 HEAD = """# Evidence: the papers' claims as measured effects
 
-Mistral-Plus and Mistral-C2F claim much and ablate little. Each section below is a question that they leave open, answered
-on the bundled tiny world: a model of 1.2 million parameters, a checker that knows the truth, the same seeds for all arms.
-What holds here need not hold at seven billion parameters; what fails here is no general truth of its method.
+Mistral-Plus and Mistral-C2F claim much and ablate little. Each section below is a question that they leave open,
+answered on the bundled tiny world: a model of 1.2 million parameters, a checker that knows the truth, the same seeds
+for all arms. What holds here need not hold at seven billion parameters; what fails here is no general truth of its
+method.
 
-± is half a 95% interval over seeds (Student's t). A claim is judged by the differences seed by seed: it **holds** where
-their 95% interval excludes 0 on the claimed side, **fails** where it excludes an effect of the size named as mattering,
-and is **undecided** where it allows both. Nothing is corrected for the number of claims: of twenty that are false, one or
-less is expected to hold by chance. Claims that do not hold stand first.
+± is half a 95% interval over seeds (Student's t). A claim is judged by the differences seed by seed: it **holds**
+where their 95% interval excludes 0 on the claimed side, **fails** where it excludes an effect of the size named as
+mattering, and is **undecided** where it allows both. Nothing is corrected for the number of claims: of twenty that
+are false, one or less is expected to hold by chance. Claims that do not hold stand first.
 
-All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this page
-from bench/results/evidence by `python bench/experiments.py --report`.
+All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this
+page from bench/results/evidence by `python bench/experiments.py --report`.
 """
 
 

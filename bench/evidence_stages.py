@@ -1,4 +1,5 @@
-"""What the experiments need beyond c2f.py: changed data, other controllers, merges, answers, best-of-n. Each is a command
+"""What the experiments need beyond c2f.py: changed data, other controllers, merges, answers, best-of-n. Each is a
+command
 
     python bench/evidence_stages.py ask --out DIR --seed 0 --model FOLDER [--system "Think step by step." --no-eos]
 
@@ -54,7 +55,7 @@ def gold(texts):
 
 
 def pairs(o):
-    """pairs.jsonl: `--count` of the seed's training pairs (0: all), a share `--flip` of them with their answers swapped,
+    """pairs.jsonl: `--count` of the seed's training pairs (0: all), a share `--flip` of them with the answers swapped,
     and all of its held-out pairs, clean. The split goes by a hash of the prompt, so `--stage reward` with this seed
     holds out the same pairs, whatever is trained on. A smaller set is a part of the larger."""
     rows = list(read_preferences(world.TINY / "preferences"))
