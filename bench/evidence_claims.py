@@ -67,7 +67,8 @@ class Line:
 @dataclass
 class Claim:
     """`a` more than `b` in `metric` (sign -1: less; kept: not less, or with sign -1 not more). `margin`: the least
-    effect that would matter. `b`: another arm, an arm and its metric, or a number. `why`: the likely reason, told where it does not hold."""
+    effect that would matter. `b`: another arm, an arm and its metric, or a number. `why`: the likely reason,
+    told where it does not hold."""
 
     text: str
     metric: str
@@ -553,8 +554,8 @@ EXPERIMENTS = {
         "How f_CM decides",
         "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
         " step; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
-        " score is back within 6 steps of an extension); and growth at random moments. Replay: the recorded metrics of the"
-        " default run with alternating noise, in f_CM's units, through the controller alone.",
+        " score is back within 6 steps of an extension); and growth at random moments. Replay: the recorded metrics of"
+        " the default run with alternating noise, in f_CM's units, through the controller alone.",
         f_cm_jobs,
         {"extensions": ("extensions", 1), "holds": ("holds", 1), "last_limit": ("last limit", 0),
          "accuracy": ("correct", 3), "verified_steps": ("true steps", 2), "gold_end": ("checker's score, training", 3)},
@@ -665,7 +666,7 @@ EXPERIMENTS = {
     ),
     "extreme": Experiment(
         "Extreme lengths",
-        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer needs LONGEST tokens at most),"
+        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens),"
         " is asked up to that limit, and is merged at gamma 0.7 with sft and asked with room for 256 tokens.",
         extreme_jobs,
         ANSWERS | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)},

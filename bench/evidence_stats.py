@@ -4,6 +4,7 @@ Every arm of an experiment is run with the same seeds, and a seed decides the he
 what is sampled. So two arms are compared by their differences seed by seed: what a seed does to both drops out.
 """
 
+import functools
 import math
 
 import torch
@@ -18,6 +19,7 @@ def t_tail(t, df, points=20001):
     return min(1.0, tail / half)
 
 
+@functools.cache
 def t_quantile(df, level=0.95):
     """The t with P(|T| <= t) = level, by bisection. 12.706 for one degree of freedom, 2.776 for four."""
     low, high = 0.0, 1e4

@@ -117,9 +117,7 @@ def run(names, o):
 def listing(names, o):
     """What there is: jobs, how many are done, hours of one core to go."""
     seen, total = set(), 0.0
-    print(
-        f"{'experiment':14} {'jobs':>5} {'done':>5} {'core hours':>10} {'to go':>6}  (not counting what an earlier line has)"
-    )
+    print(f"{'experiment':14} {'jobs':>5} {'done':>5} {'core hours':>10} {'to go':>6}  (earlier lines' not counted)")
     for name in names:
         jobs = [j for arms in jobs_of(name, list(range(o.seeds)), o.smoke).values() for j in closure(flat(arms))]
         own = {j for j in jobs if j not in seen}
