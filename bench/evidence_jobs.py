@@ -45,7 +45,8 @@ SMALL = {
 
 @dataclass(frozen=True)
 class Job:
-    """options: ((name, value), ...); a value is a number, text, True or False (a flag), a Job, or a tuple of Jobs."""
+    """options: ((name, value), ...); a value is a number, text, True or False (a flag), a Job, or a tuple of Jobs, of
+    texts, or of pairs (NAME, Job or text), which are told as NAME=PATH."""
 
     stage: str
     seed: int
@@ -55,8 +56,11 @@ class Job:
     @functools.cached_property
     def needs(self):
         """The jobs whose output this one reads."""
-        values = [v for _, v in self.options]
-        return tuple(j for v in values for j in (v if isinstance(v, tuple) else (v,)) if isinstance(j, Job))
+
+        def jobs(v):
+            return [v] if isinstance(v, Job) else [j for x in v for j in jobs(x)] if isinstance(v, tuple) else []
+
+        return tuple(jobs(self.options))
 
     @functools.cached_property
     def key(self):
@@ -77,14 +81,20 @@ class Job:
     def command(self, cache):
         """The argument list that runs it, from the repository root."""
         own, rest = self.stage in OWN, []
+
+        def told(v):
+            path = v[1] if isinstance(v, tuple) else v
+            path = str(path.output(cache) if isinstance(path, Job) else path)
+            return f"{v[0]}={path}" if isinstance(v, tuple) else path
+
         for name, value in self.options:
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):
                 rest.append(flag if value else flag.replace("--", "--no-", 1))
             elif isinstance(value, tuple):
-                rest += [flag, *(str(j.output(cache)) for j in value)]
+                rest += [flag, *map(told, value)]
             else:
-                rest += [flag, str(value.output(cache) if isinstance(value, Job) else value)]
+                rest += [flag, told(value)]
         head = ["bench/evidence_stages.py", self.stage] if own else ["c2f.py", "--stage", self.stage]
         head += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
         if self.stage == "grow" or not own:
