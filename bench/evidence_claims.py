@@ -489,10 +489,12 @@ EXPERIMENTS = {
                           "reaches_0.9": ("reaches 0.9", 2)},
         [
             Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02),
-            Claim("... and at equal tokens", "accuracy", "dynamic", "fixed 32, equal tokens", 0.02),
+            Claim("the dynamic limit beats a short fixed one, equal tokens", "accuracy", "dynamic",
+                  "fixed 32, equal tokens", 0.02),
             Claim("the dynamic limit beats a long fixed one, equal updates", "accuracy", "dynamic", "fixed 128", 0.02,
                   why="the base can write the steps: nothing in this world has to be learnt at short length first"),
-            Claim("... and at equal tokens", "accuracy", "dynamic", "fixed 128, equal tokens", 0.02,
+            Claim("the dynamic limit beats a long fixed one, equal tokens", "accuracy", "dynamic",
+                  "fixed 128, equal tokens", 0.02,
                   why="the short steps at the start are cheap, but their cut answers teach little"),
             Claim("the dynamic limit beats a fixed increase", "accuracy", "dynamic", "stepped", 0.02,
                   why="any limit that has grown past the length of an answer in time does"),
@@ -624,7 +626,7 @@ EXPERIMENTS = {
             Claim("with a small reward model and free KL, gold falls from where it stood highest (hacking)",
                   "gold_lost", "small, beta 0.0", 0.0, 0.02,
                   why="even 300 pairs teach this reward model enough: its errors are not such that PPO finds them"),
-            Claim("... while the reward still rises", "reward_gained", "small, beta 0.0", 0.0, 0.05),
+            Claim("while gold falls so, the reward still rises", "reward_gained", "small, beta 0.0", 0.0, 0.05),
             Claim("a price on KL of 0.3 keeps more of it", "gold_lost", "small, beta 0.3", "small, beta 0.0", 0.02, -1),
             Claim("the full reward model ends with more gold than the small one, free KL", "gold_end", "full, beta 0.0",
                   "small, beta 0.0", 0.02),
@@ -723,8 +725,8 @@ EXPERIMENTS = {
     "smollm2": Experiment(
         "SmolLM2-135M on real data: fixed against dynamic",
         "Reward model from HH pairs, coarse stages of about equal tokens, merged at gamma 0.7 with SmolLM2 itself; MMLU"
-        " by log-likelihood, five shots. Not a part of `all`: some hours by itself, the folder of tests/smollm2.py (another"
-        " one: SMOLLM2) and the public files of ../shared/data.",
+        " by log-likelihood, five shots. Not a part of `all`: some hours by itself, the folder of tests/smollm2.py (or"
+        " SMOLLM2) and the public files of ../shared/data.",
         smollm2_jobs,
         {"general_mmlu": ("MMLU", 3), "general_arc_easy": ("ARC easy", 3), "toxicity": ("bad words", 3),
          "word_mass": ("bad-word mass", 4)},

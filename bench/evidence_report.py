@@ -20,7 +20,13 @@ NAMES = {
     "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
     "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
-    "jitter": "change of reward a step", "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
+    "jitter": "change of reward a step",
+    "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
+    "pairs_accuracy": "held-out accuracy",
+    "pairs_calibration": "calibration gap", "extensions": "extensions",
+    "log_loss_fitted": "log loss of the fitted weights",
+    "gold_lost": "gold lost", "gold_end": "gold at the end", "reward_gained": "reward gained", "kl_end": "KL at the end",
+    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU", "toxicity": "bad words",
 }  # fmt: skip
 
 
@@ -81,13 +87,14 @@ def table(experiment, data):
 
 def claim_line(claim, data):
     said, d = judged(claim, data)
-    digits = 3 if abs(claim.margin) < 0.5 else 2
+    digits = 3 if claim.margin < 0.5 else 2
     effect = f"{'+' if d['mean'] > 0 else ''}{number(d['mean'], digits)}"
     if d["n"] > 1:
-        effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], p {number(d['p'], 3)}"
-    against = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 2)
-    line = f"- **{said}**: {claim.text}. {claim.metric}, {claim.a} less {against}: {effect}, n = {d['n']}"
-    line += f"; matters from {number(claim.margin, digits)}."
+        p = "p < 0.001" if d["p"] < 0.001 else f"p = {number(d['p'], 3)}"
+        effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], {p}"
+    b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
+    line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
+    line += f" {d['n']} seeds; matters from {number(claim.margin, digits)}."
     return line + (f" Likely reason: {claim.why}." if said != "holds" and claim.why else "")
 
 
@@ -268,7 +275,8 @@ def section(number_, name, experiment, made, docs):
     if made is None:
         return "\n".join([*lines, experiment.about, "", f"Not run yet: `python bench/experiments.py {name}`.", ""])
     data = made["seeds"]
-    found = sorted(experiment.claims, key=lambda c: judged(c, data)[0] == "holds")
+    order = ("fails", "undecided", "holds")
+    found = sorted(experiment.claims, key=lambda c: order.index(judged(c, data)[0]))
     lines += [claim_line(claim, data) for claim in found]
     words = experiment.words(data)
     lines += ["", *([words, ""] if words else []), experiment.about, "", table(experiment, data), ""]
