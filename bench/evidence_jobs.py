@@ -5,7 +5,7 @@ command gets the file or folder that those leave. Two experiments that ask for t
 that was stopped goes on where it was: finished folders are kept, c2f.py goes on inside an interrupted stage.
 
     cache/coarse-1f0c94d2a7b3/        the run folder of one job
-        job.json                      its stage, seed, options and command; `seconds` once it is finished
+        job.json                      its stage, seed and command; once it is finished the CPU `seconds` that it took
         log.txt                       what it said
 """
 
@@ -43,7 +43,7 @@ SMALL = {
 }  # --smoke: put behind the options, where they win; the other own stages have a --smoke of their own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Job:
     """options: ((name, value), ...); a value is a number, text, True or False (a flag), a Job, or a tuple of Jobs, of
     texts, or of pairs (NAME, Job or text), which are told as NAME=PATH."""
@@ -71,6 +71,12 @@ class Job:
 
         told = [self.stage, self.seed, [(n, named(v)) for n, v in sorted(self.options)], self.smoke, world_digest()]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+    def __eq__(self, other):
+        return self.key == other.key
+
+    def __hash__(self):
+        return hash(self.key)
 
     def folder(self, cache):
         return cache / f"{self.stage}-{self.key}"
@@ -157,6 +163,15 @@ def start(job, cache):
         )
 
 
+def ended(process, wait=False):
+    """(exit status, CPU seconds) of a process, None while it runs. CPU time, since cores may be shared with others."""
+    pid, status, used = os.wait4(process.pid, 0 if wait else os.WNOHANG)
+    if pid == 0:
+        return None
+    process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen knows that it has been waited for
+    return process.returncode, used.ru_utime + used.ru_stime
+
+
 def note(job, cache, seconds, finished):
     """Adds the seconds of a try to job.json; the mark that the job is finished is their sum."""
     told = job.record(cache)
@@ -200,12 +215,12 @@ def run_all(jobs, cache, workers, rank, finished=lambda job: None):
             ready = [j for j in waiting if all(n in done for n in j.needs)]
             for job in ready[: workers - len(running)]:
                 waiting.remove(job)
-                running[job] = start(job, cache), time.monotonic()
+                running[job] = start(job, cache)
             bar.set_postfix_str(", ".join(f"{j.stage} {j.seed}" for j in running))
-            time.sleep(0.1)
-            for job in [j for j, (process, _) in running.items() if process.poll() is not None]:
-                process, began = running.pop(job)
-                seconds, good = time.monotonic() - began, process.returncode == 0 and job.output(cache).exists()
+            time.sleep(0.3)
+            for job, (status, seconds) in [(j, end) for j, p in running.items() if (end := ended(p))]:
+                del running[job]
+                good = status == 0 and job.output(cache).exists()
                 note(job, cache, seconds, good)
                 bar.update()
                 folder = job.folder(cache)
@@ -215,13 +230,12 @@ def run_all(jobs, cache, workers, rank, finished=lambda job: None):
                     finished(job)
                 else:
                     said = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
-                    failed[job] = f"status {process.returncode}: {said[-1][-200:]}"
+                    failed[job] = f"status {status}: {said[-1][-200:]}"
                     bar.write(f"{job.stage} {job.key} seed {job.seed} FAILED, {failed[job]} ({folder}/log.txt)")
     finally:
-        for process, _ in running.values():
+        for process in running.values():
             process.send_signal(signal.SIGTERM)
-        for job, (process, began) in running.items():
-            process.wait()
-            note(job, cache, time.monotonic() - began, False)
+        for job, process in running.items():
+            note(job, cache, ended(process, wait=True)[1], False)
         bar.close()
     return failed
