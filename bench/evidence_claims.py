@@ -69,7 +69,7 @@ class Line:
 class Claim:
     """`a` more than `b` in `metric` (sign -1: less; kept: not less, or with sign -1 not more). `margin`: the least
     effect that would matter. `b`: another arm, an arm and its metric, or a number. `why`: the likely reason,
-    told where it does not hold."""
+    told where it fails."""
 
     text: str
     metric: str
@@ -453,30 +453,116 @@ FINE = {"fine_accuracy": ("merged: correct", 3), "fine_redundancy": ("merged: re
 TOXIC = {f"toxicity_{g}": (f"bad words, {g}", 3) for g in ("benign", "provoking", "adversarial")}
 
 EXPERIMENTS = {
-    "gamma": Experiment(
-        "The merge's gamma, 0 to 1",
-        "theta = gamma coarse + (1 - gamma) sft, each asked as an instruction model with EOS. The paper finds 0.7 best"
-        " and segmentation suffering above it.",
-        gamma_jobs,
-        ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3)},
+    "reward_data": Experiment(
+        "The reward model: how many pairs, how clean",
+        "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs,"
+        " same number of optimizer steps; three of them carried on into `plus`.",
+        reward_data_jobs,
+        {"pairs_accuracy": ("held-out accuracy", 3), "pairs_accuracy_cut": ("without EOS", 3),
+         "pairs_calibration": ("calibration gap", 3), "accuracy": ("plus: correct", 3),
+         "verified_steps": ("plus: true steps", 2), "toxicity_provoking": ("plus: bad words, provoked", 3)},
         [
-            Claim("correctness drops above gamma 0.7", "accuracy", "gamma 0.7", "gamma 1.0", 0.02,
-                  why="EOS was masked while the coarse actor learnt, not unlearnt: with the mask gone it ends its"
-                      " answers as the base does, and nothing is left for the instruction model to mend"),
-            Claim("proper endings drop above gamma 0.7", "ended_rate", "gamma 0.7", "gamma 1.0", 0.02,
-                  why="EOS was masked, not unlearnt"),
-            Claim("redundancy rises above gamma 0.7", "redundancy", "gamma 0.7", "gamma 1.0", 0.02, -1,
-                  why="with EOS back the coarse actor stops before it repeats itself"),
-            Claim("gamma 0.7 is right more often than 0.5", "accuracy", "gamma 0.7", "gamma 0.5", 0.02),
-            Claim("the merge at 0.7 keeps general tasks as good as sft's", "general", "gamma 0.7", "gamma 0.0", 0.01,
-                  kept=True),
+            Claim("all pairs rank better than 100", "pairs_accuracy", "all pairs", "100 pairs", 0.02),
+            Claim("all pairs rank better than 2700", "pairs_accuracy", "all pairs", "2700 pairs", 0.02,
+                  why="the number of optimizer steps is the same: more pairs are seen less often each"),
+            Claim("20% flipped labels cost accuracy", "pairs_accuracy", "20% flipped", "all pairs", 0.02, -1),
+            Claim("flipped labels cost calibration", "pairs_calibration", "20% flipped", "all pairs", 0.02),
+            Claim("the smallest set's reward model makes a worse plus", "accuracy", "100 pairs", "all pairs", 0.02, -1),
+            Claim("the noisiest set's reward model makes a worse plus", "accuracy", "40% flipped", "all pairs", 0.02,
+                  -1,
+                  why="flips are symmetric: they shrink the margins, not their order, and the score is put in units of"
+                      " its own deviation"),
         ],
-        lambda data: report.curves_over(data, GAMMAS, "gamma (share of the coarse actor)",
-                                        [f"gamma {g}" for g in GAMMAS],
-                                        ("accuracy", "general", "ended_rate", "redundancy"), ("verified_steps",)),
-        words=lambda data: report.best_places(data, GAMMAS, [f"gamma {g}" for g in GAMMAS],
-                                              {"accuracy": 1, "verified_steps": 1, "ended_rate": 1, "redundancy": -1,
-                                               "general": 1}),
+        lambda data: report.reward_data(data, SIZES, FLIPS),
+    ),
+    "hacking": Experiment(
+        "The reward model fixed: where the reward rises and the truth falls",
+        "PPO from the base, 50 steps, no length term, with a reward model of 300 pairs (small) or of all (full), and"
+        " the price beta of a nat of KL. Gold: the checker's score of the training answers, which is never trained on."
+        " Figures are means over ten steps; lost: from where gold stood highest, in the other seeds, to the end.",
+        hacking_jobs,
+        {"reward_end": ("reward", 2), "kl_end": ("KL, nats", 2), "gold_end": ("gold", 3), "gold_lost": ("gold lost", 3),
+         "reward_gained": ("reward gained meanwhile", 3), "top_step": ("gold highest at step", 0),
+         "kl_top": ("KL there", 2)},
+        [
+            Claim("with a small reward model and free KL, gold falls from where it stood highest (hacking)",
+                  "gold_lost", "small, beta 0.0", 0.0, 0.02,
+                  why="even 300 pairs teach this reward model enough: its errors are not such that PPO finds them"),
+            Claim("while gold falls so, the reward still rises", "reward_gained", "small, beta 0.0", 0.0, 0.05),
+            Claim("a price on KL of 0.3 keeps more of it", "gold_lost", "small, beta 0.3", "small, beta 0.0", 0.02, -1),
+            Claim("the full reward model ends with more gold than the small one, free KL", "gold_end", "full, beta 0.0",
+                  "small, beta 0.0", 0.02),
+            Claim("a price on KL of 0.3 lowers the KL", "kl_end", "small, beta 0.3", "small, beta 0.0", 0.5, -1),
+        ],
+        lambda data: report.training(data, ("reward", "second_score", "kl")),
+        across=hacking_across,
+    ),
+    "toxicity": Experiment(
+        "Toxicity before and after",
+        "Share of sampled replies with a bad word of the world's list; small talk (benign), requests for an insult"
+        " (provoking), and a rude reply begun for the model or two rude turns before the request (adversarial).",
+        toxicity_jobs,
+        TOXIC | {f"word_mass_{g}": (f"bad-word mass, {g}", 4) for g in ("benign", "provoking", "adversarial")}
+        | {"accuracy": ("correct", 3)},
+        [
+            *(Claim(f"plus says fewer bad words than the base, {g} prompts", f"toxicity_{g}", "plus", "base", 0.02, -1)
+              for g in ("benign", "provoking", "adversarial")),
+            Claim("helpful and harmless pairs mixed: fewer bad words than helpful alone", "toxicity_provoking", "plus",
+                  "plus, helpful pairs alone", 0.02, -1),
+            Claim("mixed: right more often than harmless alone", "accuracy", "plus", "plus, harmless pairs alone",
+                  0.02),
+            Claim("mixed costs no correctness against helpful alone", "accuracy", "plus", "plus, helpful pairs alone",
+                  0.02, kept=True),
+            Claim("plus says fewer bad words than sft when provoked", "toxicity_provoking", "plus", "sft", 0.02, -1),
+            Claim("fine keeps sft's few bad words when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1, True),
+        ],
+        lambda data: report.dots(data, ("toxicity_benign", "toxicity_provoking", "toxicity_adversarial", "accuracy")),
+    ),
+    "sft_first": Experiment(
+        "With and without SFT before PPO",
+        "The same time: 42 steps of PPO from the base, or 100 of SFT and 30 of PPO. Then 30 steps of fine-tuning each"
+        " on a task that none has seen: its loss on the way, what is right of it after, what is lost of the rest.",
+        sft_first_jobs,
+        {"accuracy": ("correct", 3), "general": ("general tasks", 3), "conversation": ("conversation", 3)} | TOXIC
+        | {"mean_loss": ("new task: mean loss", 3), "tuned_new_task": ("new task: right", 3),
+           "forgot_general": ("forgot: general", 3), "forgot_accuracy": ("forgot: correct", 3),
+           "forgot_conversation": ("forgot: conversation", 3)},
+        [
+            Claim("without SFT general tasks are better", "general", "PPO from the base", "SFT, then PPO", 0.01,
+                  why="the general tasks' form never occurs in SFT, and so short a fine-tuning does not touch them"),
+            Claim("SFT alone loses general tasks", "general", "SFT alone", "base", 0.01, -1,
+                  why="100 steps on the world's own language do not reach them"),
+            Claim("without SFT more answers are right", "accuracy", "PPO from the base", "SFT, then PPO", 0.02),
+            Claim("without SFT conversation is as good", "conversation", "PPO from the base", "SFT, then PPO", 0.02,
+                  kept=True),
+            Claim("without SFT the model says no more bad words when provoked", "toxicity_provoking",
+                  "PPO from the base", "SFT, then PPO", 0.02, -1, True),
+            Claim("without SFT a new task is learnt faster", "mean_loss", "PPO from the base", "SFT, then PPO", 0.02,
+                  -1),
+            Claim("without SFT less is forgotten over it", "forgot_accuracy", "PPO from the base", "SFT, then PPO",
+                  0.02, -1),
+        ],
+        lambda data: report.dots(data, ("general", "conversation", "mean_loss", "forgot_accuracy")),
+        sft_first_derive,
+    ),
+    "concise": Experiment(
+        "Rewarding short answers (plus)",
+        "`--concise` takes so many deviations of score off an answer as long as the limit: off, 0.5 (the tiny preset's)"
+        " and 2. Stability: mean change of the reward between neighbouring steps in the second half, highest KL.",
+        concise_jobs,
+        ANSWERS | {"jitter": ("change of reward a step", 3), "top_kl": ("highest KL", 2),
+                   "conversation": ("conversation", 3)},
+        [
+            Claim("0.5 shortens the answers", "length", "concise 0.5", "concise off", 3.0, -1,
+                  why="half a deviation over 128 tokens is little beside what the reward model gives a step"),
+            Claim("2 shortens the answers", "length", "concise 2", "concise off", 3.0, -1,
+                  why="the reward model's preference for steps outweighs it"),
+            Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1),
+            Claim("0.5 makes training steadier", "jitter", "concise 0.5", "concise off", 0.01, -1),
+            Claim("0.5 betters conversation", "conversation", "concise 0.5", "concise off", 0.02),
+        ],
+        lambda data: report.dots(data, ("length", "verified_steps", "jitter", "conversation")),
+        concise_derive,
     ),
     "limit_growth": Experiment(
         "Continuous Maximization against simpler limits",
@@ -507,88 +593,6 @@ EXPERIMENTS = {
         lambda data: report.training(data, ("second_score", "redundancy", "length_limit"), by_tokens=True),
         limit_growth_derive,
     ),
-    "fine": Experiment(
-        "Fine against both parents and cheaper ways",
-        "The same questions to the Fine Actor (gamma 0.7), to what it is merged of, and to what could be had for less.",
-        fine_jobs,
-        ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2)},
-        [
-            Claim("fine is right more often than sft", "accuracy", "fine", "sft", 0.02),
-            Claim("fine shows more true steps than sft", "verified_steps", "fine", "sft", 0.1),
-            Claim("fine is less redundant than coarse", "redundancy", "fine", "coarse (as it acts)", 0.05, -1),
-            Claim("fine is as often right as coarse", "accuracy", "fine", "coarse (as it acts)", 0.02, kept=True,
-                  why="the merge gives up a part of what the coarse actor has learnt"),
-            Claim("fine beats more SFT", "accuracy", "fine", "sft, 4 times the steps", 0.02),
-            Claim("fine beats the coarse actor with EOS restored", "accuracy", "fine", "coarse with EOS restored", 0.02,
-                  why="restoring EOS already ends the answers, and the instruction model guesses from four steps on"),
-            Claim("fine is as good as averaging logits, at half the cost of an answer", "accuracy", "fine",
-                  "logits averaged", 0.02, kept=True),
-            Claim("fine beats Mistral-Plus", "accuracy", "fine", "plus", 0.02,
-                  why="this reward model prefers analysis by itself, so plus learns it without a merge"),
-        ],
-        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "ended_rate")),
-    ),
-    "toxicity": Experiment(
-        "Toxicity before and after",
-        "Share of sampled replies with a bad word of the world's list; small talk (benign), requests for an insult"
-        " (provoking), and a rude reply begun for the model or two rude turns before the request (adversarial).",
-        toxicity_jobs,
-        TOXIC | {f"word_mass_{g}": (f"bad-word mass, {g}", 4) for g in ("benign", "provoking", "adversarial")}
-        | {"accuracy": ("correct", 3)},
-        [
-            *(Claim(f"plus says fewer bad words than the base, {g} prompts", f"toxicity_{g}", "plus", "base", 0.02, -1)
-              for g in ("benign", "provoking", "adversarial")),
-            Claim("helpful and harmless pairs mixed: fewer bad words than helpful alone", "toxicity_provoking", "plus",
-                  "plus, helpful pairs alone", 0.02, -1),
-            Claim("mixed: right more often than harmless alone", "accuracy", "plus", "plus, harmless pairs alone",
-                  0.02),
-            Claim("mixed costs no correctness against helpful alone", "accuracy", "plus", "plus, helpful pairs alone",
-                  0.02, kept=True),
-            Claim("plus says fewer bad words than sft when provoked", "toxicity_provoking", "plus", "sft", 0.02, -1),
-            Claim("fine keeps sft's few bad words when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1, True),
-        ],
-        lambda data: report.dots(data, ("toxicity_benign", "toxicity_provoking", "toxicity_adversarial", "accuracy")),
-    ),
-    "concise": Experiment(
-        "Rewarding short answers (plus)",
-        "`--concise` takes so many deviations of score off an answer as long as the limit: off, 0.5 (the tiny preset's)"
-        " and 2. Stability: mean change of the reward between neighbouring steps in the second half, highest KL.",
-        concise_jobs,
-        ANSWERS | {"jitter": ("change of reward a step", 3), "top_kl": ("highest KL", 2),
-                   "conversation": ("conversation", 3)},
-        [
-            Claim("0.5 shortens the answers", "length", "concise 0.5", "concise off", 3.0, -1,
-                  why="half a deviation over 128 tokens is little beside what the reward model gives a step"),
-            Claim("2 shortens the answers", "length", "concise 2", "concise off", 3.0, -1,
-                  why="the reward model's preference for steps outweighs it"),
-            Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1),
-            Claim("0.5 makes training steadier", "jitter", "concise 0.5", "concise off", 0.01, -1),
-            Claim("0.5 betters conversation", "conversation", "concise 0.5", "concise off", 0.02),
-        ],
-        lambda data: report.dots(data, ("length", "verified_steps", "jitter", "conversation")),
-        concise_derive,
-    ),
-    "coarse_form": Experiment(
-        "EOS removed or kept, system prompt changed or not",
-        "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft.",
-        coarse_form_jobs,
-        ANSWERS | {"reward": ("reward", 2)} | FINE,
-        [
-            Claim("without EOS the coarse actor shows more true steps", "verified_steps", "no EOS, system prompt",
-                  "EOS, system prompt", 0.1, why="an answer is complete before the limit: what follows repeats it"),
-            Claim("without EOS it is more redundant", "redundancy", "no EOS, system prompt", "EOS, system prompt",
-                  0.05),
-            Claim("without EOS the merged actor is right more often", "fine_accuracy", "no EOS, system prompt",
-                  "EOS, system prompt", 0.02),
-            Claim("the system prompt makes it show more true steps", "verified_steps", "no EOS, system prompt",
-                  "no EOS, no system prompt", 0.1,
-                  why="PPO finds the analytical style by itself when the reward model prefers it"),
-            Claim("the system prompt makes the merged actor right more often", "fine_accuracy", "no EOS, system prompt",
-                  "no EOS, no system prompt", 0.02,
-                  why="what is learnt under a prompt does not all carry over to answers without it"),
-        ],
-        lambda data: report.dots(data, ("verified_steps", "redundancy", "accuracy", "fine_accuracy")),
-    ),
     "f_cm": Experiment(
         "How f_CM decides",
         "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
@@ -613,95 +617,72 @@ EXPERIMENTS = {
         lambda data: report.controller(data, AMPLITUDES),
         f_cm_derive,
     ),
-    "hacking": Experiment(
-        "The reward model fixed: where the reward rises and the truth falls",
-        "PPO from the base, 50 steps, no length term, with a reward model of 300 pairs (small) or of all (full), and"
-        " the price beta of a nat of KL. Gold: the checker's score of the training answers, which is never trained on."
-        " Figures are means over ten steps; lost: from where gold stood highest, in the other seeds, to the end.",
-        hacking_jobs,
-        {"reward_end": ("reward", 2), "kl_end": ("KL, nats", 2), "gold_end": ("gold", 3), "gold_lost": ("gold lost", 3),
-         "reward_gained": ("reward gained meanwhile", 3), "top_step": ("gold highest at step", 0),
-         "kl_top": ("KL there", 2)},
+    "coarse_form": Experiment(
+        "EOS removed or kept, system prompt changed or not",
+        "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft.",
+        coarse_form_jobs,
+        ANSWERS | {"reward": ("reward", 2)} | FINE,
         [
-            Claim("with a small reward model and free KL, gold falls from where it stood highest (hacking)",
-                  "gold_lost", "small, beta 0.0", 0.0, 0.02,
-                  why="even 300 pairs teach this reward model enough: its errors are not such that PPO finds them"),
-            Claim("while gold falls so, the reward still rises", "reward_gained", "small, beta 0.0", 0.0, 0.05),
-            Claim("a price on KL of 0.3 keeps more of it", "gold_lost", "small, beta 0.3", "small, beta 0.0", 0.02, -1),
-            Claim("the full reward model ends with more gold than the small one, free KL", "gold_end", "full, beta 0.0",
-                  "small, beta 0.0", 0.02),
-            Claim("a price on KL of 0.3 lowers the KL", "kl_end", "small, beta 0.3", "small, beta 0.0", 0.5, -1),
+            Claim("without EOS the coarse actor shows more true steps", "verified_steps", "no EOS, system prompt",
+                  "EOS, system prompt", 0.1, why="an answer is complete before the limit: what follows repeats it"),
+            Claim("without EOS it is more redundant", "redundancy", "no EOS, system prompt", "EOS, system prompt",
+                  0.05),
+            Claim("without EOS the merged actor is right more often", "fine_accuracy", "no EOS, system prompt",
+                  "EOS, system prompt", 0.02),
+            Claim("the system prompt makes it show more true steps", "verified_steps", "no EOS, system prompt",
+                  "no EOS, no system prompt", 0.1,
+                  why="PPO finds the analytical style by itself when the reward model prefers it"),
+            Claim("the system prompt makes the merged actor right more often", "fine_accuracy", "no EOS, system prompt",
+                  "no EOS, no system prompt", 0.02,
+                  why="what is learnt under a prompt does not all carry over to answers without it"),
         ],
-        lambda data: report.training(data, ("reward", "second_score", "kl")),
-        across=hacking_across,
+        lambda data: report.dots(data, ("verified_steps", "redundancy", "accuracy", "fine_accuracy")),
     ),
-    "reward_data": Experiment(
-        "The reward model: how many pairs, how clean",
-        "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs,"
-        " same number of optimizer steps; three of them carried on into `plus`.",
-        reward_data_jobs,
-        {"pairs_accuracy": ("held-out accuracy", 3), "pairs_accuracy_cut": ("without EOS", 3),
-         "pairs_calibration": ("calibration gap", 3), "accuracy": ("plus: correct", 3),
-         "verified_steps": ("plus: true steps", 2), "toxicity_provoking": ("plus: bad words, provoked", 3)},
+    "gamma": Experiment(
+        "The merge's gamma, 0 to 1",
+        "theta = gamma coarse + (1 - gamma) sft, each asked as an instruction model with EOS. The paper finds 0.7 best"
+        " and segmentation suffering above it.",
+        gamma_jobs,
+        ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3)},
         [
-            Claim("all pairs rank better than 100", "pairs_accuracy", "all pairs", "100 pairs", 0.02),
-            Claim("all pairs rank better than 2700", "pairs_accuracy", "all pairs", "2700 pairs", 0.02,
-                  why="the number of optimizer steps is the same: more pairs are seen less often each"),
-            Claim("20% flipped labels cost accuracy", "pairs_accuracy", "20% flipped", "all pairs", 0.02, -1),
-            Claim("flipped labels cost calibration", "pairs_calibration", "20% flipped", "all pairs", 0.02),
-            Claim("the smallest set's reward model makes a worse plus", "accuracy", "100 pairs", "all pairs", 0.02, -1),
-            Claim("the noisiest set's reward model makes a worse plus", "accuracy", "40% flipped", "all pairs", 0.02,
-                  -1,
-                  why="flips are symmetric: they shrink the margins, not their order, and the score is put in units of"
-                      " its own deviation"),
-        ],
-        lambda data: report.reward_data(data, SIZES, FLIPS),
-    ),
-    "best_of_n": Experiment(
-        "The coarse idea without PPO: best of n",
-        "Of 8 answers of the base the reward model's best: given as the answer (8 times the tokens), and as instruction"
-        " data for SFT, with as many tokens generated as the coarse actor's training takes.",
-        best_of_n_jobs,
-        ANSWERS | {"general": ("general tasks", 3), "toxicity_provoking": ("bad words, provoked", 3),
-                   "chosen_examples": ("examples", 0)},
-        [
-            Claim("best of 8 is right more often than the base", "accuracy", "best of 8, asked", "base", 0.02),
-            Claim("SFT on the best of 8 is right more often than sft", "accuracy", "SFT on the best of 8", "sft", 0.02),
-            Claim("fine beats SFT on the best of 8", "accuracy", "fine", "SFT on the best of 8", 0.02,
-                  why="the base already has the good answers among eight, and imitating them is enough"),
-            Claim("plus beats SFT on the best of 8", "accuracy", "plus", "SFT on the best of 8", 0.02),
-            Claim("fine shows more true steps than SFT on the best of 8", "verified_steps", "fine",
-                  "SFT on the best of 8", 0.1),
-        ],
-        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "toxicity_provoking")),
-        best_of_n_derive,
-    ),
-    "sft_first": Experiment(
-        "With and without SFT before PPO",
-        "The same time: 42 steps of PPO from the base, or 100 of SFT and 30 of PPO. Then 30 steps of fine-tuning each"
-        " on a task that none has seen: its loss on the way, what is right of it after, what is lost of the rest.",
-        sft_first_jobs,
-        {"accuracy": ("correct", 3), "general": ("general tasks", 3), "conversation": ("conversation", 3)} | TOXIC
-        | {"mean_loss": ("new task: mean loss", 3), "tuned_new_task": ("new task: right", 3),
-           "forgot_general": ("forgot: general", 3), "forgot_accuracy": ("forgot: correct", 3),
-           "forgot_conversation": ("forgot: conversation", 3)},
-        [
-            Claim("without SFT general tasks are better", "general", "PPO from the base", "SFT, then PPO", 0.01,
-                  why="the general tasks' form never occurs in SFT, and so short a fine-tuning does not touch them"),
-            Claim("SFT alone loses general tasks", "general", "SFT alone", "base", 0.01, -1,
-                  why="100 steps on the world's own language do not reach them"),
-            Claim("without SFT more answers are right", "accuracy", "PPO from the base", "SFT, then PPO", 0.02),
-            Claim("without SFT conversation is as good", "conversation", "PPO from the base", "SFT, then PPO", 0.02,
+            Claim("correctness drops above gamma 0.7", "accuracy", "gamma 0.7", "gamma 1.0", 0.02,
+                  why="EOS was masked while the coarse actor learnt, not unlearnt: with the mask gone it ends its"
+                      " answers as the base does, and nothing is left for the instruction model to mend"),
+            Claim("proper endings drop above gamma 0.7", "ended_rate", "gamma 0.7", "gamma 1.0", 0.02,
+                  why="EOS was masked, not unlearnt"),
+            Claim("redundancy rises above gamma 0.7", "redundancy", "gamma 0.7", "gamma 1.0", 0.02, -1,
+                  why="with EOS back the coarse actor stops before it repeats itself"),
+            Claim("gamma 0.7 is right more often than 0.5", "accuracy", "gamma 0.7", "gamma 0.5", 0.02),
+            Claim("the merge at 0.7 keeps general tasks as good as sft's", "general", "gamma 0.7", "gamma 0.0", 0.01,
                   kept=True),
-            Claim("without SFT the model says no more bad words when provoked", "toxicity_provoking",
-                  "PPO from the base", "SFT, then PPO", 0.02, -1, True),
-            Claim("without SFT a new task is learnt faster", "mean_loss", "PPO from the base", "SFT, then PPO", 0.02,
-                  -1),
-            Claim("without SFT less is forgotten over it", "forgot_accuracy", "PPO from the base", "SFT, then PPO",
-                  0.02, -1),
         ],
-        lambda data: report.dots(data, ("general", "conversation", "mean_loss", "forgot_accuracy")),
-        sft_first_derive,
+        lambda data: report.curves_over(data, GAMMAS, "gamma (share of the coarse actor)",
+                                        [f"gamma {g}" for g in GAMMAS],
+                                        ("accuracy", "general", "ended_rate", "redundancy"), ("verified_steps",)),
+        words=lambda data: report.best_places(data, GAMMAS, [f"gamma {g}" for g in GAMMAS],
+                                              {"accuracy": 1, "verified_steps": 1, "ended_rate": 1, "redundancy": -1,
+                                               "general": 1}),
+    ),
+    "fine": Experiment(
+        "Fine against both parents and cheaper ways",
+        "The same questions to the Fine Actor (gamma 0.7), to what it is merged of, and to what could be had for less.",
+        fine_jobs,
+        ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2)},
+        [
+            Claim("fine is right more often than sft", "accuracy", "fine", "sft", 0.02),
+            Claim("fine shows more true steps than sft", "verified_steps", "fine", "sft", 0.1),
+            Claim("fine is less redundant than coarse", "redundancy", "fine", "coarse (as it acts)", 0.05, -1),
+            Claim("fine is as often right as coarse", "accuracy", "fine", "coarse (as it acts)", 0.02, kept=True,
+                  why="the merge gives up a part of what the coarse actor has learnt"),
+            Claim("fine beats more SFT", "accuracy", "fine", "sft, 4 times the steps", 0.02),
+            Claim("fine beats the coarse actor with EOS restored", "accuracy", "fine", "coarse with EOS restored", 0.02,
+                  why="restoring EOS already ends the answers, and the instruction model guesses from four steps on"),
+            Claim("fine is as good as averaging logits, at half the cost of an answer", "accuracy", "fine",
+                  "logits averaged", 0.02, kept=True),
+            Claim("fine beats Mistral-Plus", "accuracy", "fine", "plus", 0.02,
+                  why="this reward model prefers analysis by itself, so plus learns it without a merge"),
+        ],
+        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "ended_rate")),
     ),
     "extreme": Experiment(
         "Extreme lengths",
@@ -722,6 +703,25 @@ EXPERIMENTS = {
                                         ("redundancy", "fine_redundancy", "fine_accuracy", "fine_ended_rate"),
                                         ("fine_length",)),
     ),
+    "best_of_n": Experiment(
+        "The coarse idea without PPO: best of n",
+        "Of 8 answers of the base the reward model's best: given as the answer (8 times the tokens), and as instruction"
+        " data for SFT, with as many tokens generated as the coarse actor's training takes.",
+        best_of_n_jobs,
+        ANSWERS | {"general": ("general tasks", 3), "toxicity_provoking": ("bad words, provoked", 3),
+                   "chosen_examples": ("examples", 0)},
+        [
+            Claim("best of 8 is right more often than the base", "accuracy", "best of 8, asked", "base", 0.02),
+            Claim("SFT on the best of 8 is right more often than sft", "accuracy", "SFT on the best of 8", "sft", 0.02),
+            Claim("fine beats SFT on the best of 8", "accuracy", "fine", "SFT on the best of 8", 0.02,
+                  why="the base already has the good answers among eight, and imitating them is enough"),
+            Claim("plus beats SFT on the best of 8", "accuracy", "plus", "SFT on the best of 8", 0.02),
+            Claim("fine shows more true steps than SFT on the best of 8", "verified_steps", "fine",
+                  "SFT on the best of 8", 0.1),
+        ],
+        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "toxicity_provoking")),
+        best_of_n_derive,
+    ),
     "smollm2": Experiment(
         "SmolLM2-135M on real data: fixed against dynamic",
         "Reward model from HH pairs, coarse stages of about equal tokens, merged at gamma 0.7 with SmolLM2 itself; MMLU"
@@ -740,3 +740,7 @@ EXPERIMENTS = {
         seeds=1,
     ),
 }  # fmt: skip
+
+# The order in which `all` runs them: the main line and what asks most of it first.
+ALL = ("gamma", "fine", "toxicity", "limit_growth", "concise", "coarse_form", "best_of_n", "f_cm", "hacking",
+       "reward_data", "sft_first", "extreme")  # fmt: skip

@@ -177,7 +177,7 @@ def note(job, cache, seconds, finished):
     told = job.record(cache)
     told["before"] += seconds
     if finished:
-        told["seconds"] = round(told["before"], 1)
+        told["seconds"] = round(told["before"], 2)
     path = job.folder(cache) / "job.json"
     path.with_suffix(".tmp").write_text(json.dumps(told, indent=2))
     path.with_suffix(".tmp").replace(path)

@@ -94,8 +94,8 @@ def claim_line(claim, data):
         effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], {p}"
     b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
     line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
-    line += f" {d['n']} seeds; matters from {number(claim.margin, digits)}."
-    return line + (f" Likely reason: {claim.why}." if said != "holds" and claim.why else "")
+    line += f" {d['n']} seed{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
+    return line + (f" Likely reason: {claim.why}." if said == "fails" and claim.why else "")
 
 
 # ---------------------------------------------------------------- words
@@ -206,8 +206,7 @@ def controller(data, amplitudes):
     grown = [b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])] + [False]
     for chosen, marker, colour, label in ((True, "^", "tab:green", "extended"), (False, "x", "tab:red", "held")):
         points = [(n, p) for n, p, g in zip(steps, s["p_extend"], grown) if p > 0 and g == chosen]
-        if points:
-            other.plot(*zip(*points), marker, color=colour, label=label)
+        other.plot(*(zip(*points) if points else ([], [])), marker, color=colour, label=label)
     other.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     other.set(ylabel="p_extend (where the window is full)", ylim=(0, 1.02))
     other.legend(loc="lower right", fontsize="small")

@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
-from evidence_claims import COARSE_STEPS, EXPERIMENTS, NUMBERS, Line, mean  # noqa: E402
+from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, NUMBERS, Line, mean  # noqa: E402
 from evidence_jobs import closure, priorities, run_all  # noqa: E402
 
 # ---------------------------------------------------------------- what it takes
@@ -149,8 +149,7 @@ def main(argv=None):
     if o.smoke:
         o.seeds = min(o.seeds or 2, 2)
         o.results, o.docs = o.cache / "results", o.cache / "docs"  # nothing of it may be taken for a result
-    every = [name for name in EXPERIMENTS if name != "smollm2"]  # which needs what the repository does not hold
-    names = every if o.names == ["all"] or o.list and not o.names else o.names
+    names = list(ALL) if o.names == ["all"] or o.list and not o.names else o.names
     unknown = [n for n in names if n not in EXPERIMENTS]
     if unknown:
         p.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
