@@ -176,17 +176,21 @@ def moving(values, window=5):
 
 
 def training(data, metrics, by_tokens=False):
-    """A panel a metric: the means over seeds, of five steps, along the training, or over the tokens
-    generated where arms differ in those."""
+    """A panel a metric: means of five steps along the training, or over the tokens generated where arms differ in those,
+    with bands of 95% intervals over seeds."""
     figure, axes = canvas(1, len(metrics), 5.4, 4.2)
     for axis, metric in zip(axes[0], metrics):
         for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
-            found = series(data, arm, metric)
-            xs, used = list(range(1, len(found) + 1)), 0.0
+            found = [arms[arm]["series"][metric] for arms in data.values()]
+            found = found if metric == "length_limit" else [moving(f) for f in found]
+            means, halves = zip(*(stats.interval(column) for column in zip(*found)))
+            xs, used = list(range(1, len(means) + 1)), 0.0
             if by_tokens:
                 xs = [used := used + t / 1000 for t in series(data, arm, "tokens")]
-            axis.plot(xs, found if metric == "length_limit" else moving(found), color=COLOURS[i % 8], label=arm,
-                      linestyle="--" if "equal tokens" in arm else "-")  # fmt: skip
+            axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle="--" if "equal tokens" in arm else "-")
+            if len(data) > 1:
+                band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
+                axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
         axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "PPO step")
         axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
@@ -328,7 +332,7 @@ def draw(experiment, data, path):
     from matplotlib import pyplot as plt
 
     figure = experiment.draw(data)
-    figure.suptitle(f"{experiment.title} ({len(data)} seeds, bars and bands: 95% intervals)", fontsize="medium")
+    figure.suptitle(f"{experiment.title} ({len(data)} seeds; bars, bands: 95% intervals)", fontsize="medium")
     temporary = path.with_suffix(".writing.png")
     figure.savefig(temporary, dpi=90)
     plt.close(figure)
