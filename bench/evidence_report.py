@@ -285,8 +285,8 @@ def section(number_, name, experiment, made, docs):
     lines += ["", *([words, ""] if words else []), experiment.about, "", table(experiment, data), ""]
     lines += [f"![{experiment.title}](evidence/{name}.png)", ""]
     seeds = ", ".join(data)
-    lines += [f"`{made['command']}`, seeds {seeds}, {made['core_hours']} core hours with what it shares with others,"
-              f" {made['made']}.", ""]  # fmt: skip
+    lines += [f"`{made['command']}`, seeds {seeds}, {made['core_hours']} core hours with what it shares with others"
+              f" ({made['machine']['cpu']}, torch {made['machine']['torch']}), {made['made']}.", ""]  # fmt: skip
     return "\n".join(lines)
 
 

@@ -16,7 +16,6 @@ the mean difference excludes 0 on the claimed side, *fails* where it excludes an
 
 import argparse
 import json
-import platform
 import signal
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
+from common import machine  # noqa: E402
 from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, NUMBERS, Line, mean  # noqa: E402
 from evidence_jobs import closure, priorities, run_all  # noqa: E402
 
@@ -35,8 +35,8 @@ RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, 
 
 
 def seconds(job):
-    """What a job takes on one core, by the figures of 2026-11: a PPO step of 64 answers 1 s, and 0.04 s a token of the
-    limit (half of it where answers may end), twice that for plus, whose limit is 128."""
+    """About what a job takes on one core of a 2026 server: a PPO step of 64 answers 1.2 s, and 0.038 s for each token of
+    their length. Answers of plus end, near 85 tokens; a growing limit stands at 80 in the mean."""
     options = dict(job.options)
     if job.stage not in ("plus", "coarse", "grow"):
         steps = options.get("steps", 0)
@@ -48,6 +48,7 @@ def seconds(job):
 
 
 def seconds_known(job, cache):
+    """What a job took, or would."""
     return job.record(cache).get("seconds") or seconds(job)
 
 
@@ -62,8 +63,9 @@ def flat(arms):
 
 
 def measure(name, seed_arms, cache, results, command):
-    """Writes NAME.json from the seeds whose jobs are all done: {"seeds": {seed: {arm: {metric: value}}}, ...}."""
-    experiment, seeds, times = EXPERIMENTS[name], {}, {}
+    """Writes NAME.json from the seeds whose jobs are all done: {"seeds": {seed: {arm: {metric: value}}}, ...}. One of
+    more seeds than that, of an earlier set, stays until there are as many again."""
+    experiment, seeds, used = EXPERIMENTS[name], {}, set()
     for seed, arms in seed_arms.items():
         jobs = closure(flat(arms))
         if not all(j.done(cache) for j in jobs):
@@ -75,20 +77,19 @@ def measure(name, seed_arms, cache, results, command):
                 numbers[arm] |= NUMBERS[role](job.output(cache))
         experiment.derive(numbers)
         seeds[str(seed)] = numbers
-        for job in jobs:
-            times.setdefault(job.stage, []).append(job.record(cache)["seconds"])
-    if not seeds:
-        return None
+        used |= set(jobs)
+    path = results / f"{name}.json"
+    if not seeds or path.exists() and len(json.loads(path.read_text())["seeds"]) > len(seeds):
+        return
     experiment.across(seeds)
-    import torch
-
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine, "seeds": seeds,
+    times = {}
+    for job in used:
+        times.setdefault(job.stage, []).append(job.record(cache)["seconds"])
+    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine(), "seeds": seeds,
             "seconds_a_stage": {stage: round(mean(t), 1) for stage, t in sorted(times.items())},
             "core_hours": round(sum(map(sum, times.values())) / 3600, 2)}  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    (results / f"{name}.json").write_text(json.dumps(made, separators=(",", ":")) + "\n")
-    return made
+    path.write_text(json.dumps(made, separators=(",", ":")) + "\n")
 
 
 def run(names, o):

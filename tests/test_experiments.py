@@ -262,7 +262,8 @@ def synthetic(name="gamma", seeds=3):
         }
         for g in claims.GAMMAS
     }  # fmt: skip
-    made = {"command": f"python bench/experiments.py {name}", "made": "2026-01-01", "core_hours": 1.0}
+    made = {"command": f"python bench/experiments.py {name}", "made": "2026-01-01", "core_hours": 1.0,
+            "machine": {"cpu": "one", "torch": "2"}}  # fmt: skip
     return made | {"seeds": {str(s): arms() for s in range(seeds)}}
 
 
@@ -287,6 +288,26 @@ def test_report_says_what_the_numbers_say(tmp_path):
         assert name == "gamma" or f"python bench/experiments.py {name}`" in text
     report.write(tmp_path, results, experiments.EXPERIMENTS)
     assert (tmp_path / "EVIDENCE.md").read_text() == text
+
+
+def test_figures_are_read_off_the_jobs(tmp_path):
+    """Only seeds whose jobs are all done count; an earlier set of more seeds stays until there are as many again."""
+    cache, results, by_seed = tmp_path / "cache", tmp_path / "results", experiments.jobs_of("gamma", 3)
+    metrics = ["accuracy", "verified_steps", "redundancy", "ended_rate", "length", "reward", "general", "conversation"]
+    metrics += ["new_task", "words_a_sentence", "repeated_4"]
+    metrics += [f"{m}_{g}" for m in ("toxicity", "word_mass") for g in ("benign", "provoking", "adversarial")]
+    of = lambda seed: jobs.closure(experiments.flat(by_seed[seed]))  # noqa: E731
+    for job in [*of(0), *of(1), *of(2)[:-1]]:
+        job.folder(cache).mkdir(parents=True)
+        (job.folder(cache) / "job.json").write_text('{"seconds": 36.0}')
+        job.output(cache).write_text(json.dumps(dict.fromkeys(metrics, 0.5) | {"length": job.seed}))
+    measure = lambda arms: experiments.measure("gamma", arms, cache, results, "remade")  # noqa: E731
+    measure(by_seed)
+    made = json.loads((results / "gamma.json").read_text())
+    assert list(made["seeds"]) == ["0", "1"] and made["seeds"]["1"]["gamma 0.3"]["length"] == 1
+    assert made["core_hours"] == round(36 * len({*of(0), *of(1)}) / 3600, 2)
+    measure({0: by_seed[0]})
+    assert json.loads((results / "gamma.json").read_text()) == made
 
 
 def test_one_seed_decides_nothing(tmp_path):
