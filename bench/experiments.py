@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
 from common import machine  # noqa: E402
-from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, NUMBERS, Line, mean  # noqa: E402
+from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, MEAN_LIMIT, NUMBERS, Line, mean  # noqa: E402
 from evidence_jobs import closure, priorities, run_all  # noqa: E402
 
 # ---------------------------------------------------------------- what it takes
@@ -36,14 +36,14 @@ RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, 
 
 def seconds(job):
     """About what a job takes on one core of a 2026 server: a PPO step of 64 answers 1.2 s, and 0.038 s for each token of
-    their length. Answers of plus end, near 85 tokens; a growing limit stands at 80 in the mean."""
+    their length. Answers of plus end, near 85 tokens; a growing limit stands near 60 in the mean."""
     options = dict(job.options)
     if job.stage not in ("plus", "coarse", "grow"):
         steps = options.get("steps", 0)
         return RATES[job.stage] * (steps / 100 if job.stage == "sft" and steps else 1.0)
     steps = options.get("steps", 30 if job.stage == "plus" else COARSE_STEPS)
     fixed = options.get("limit_growth") == "fixed"
-    limit = 85 if job.stage == "plus" else options["length_limit"] if fixed else 80
+    limit = 85 if job.stage == "plus" else options["length_limit"] if fixed else MEAN_LIMIT
     return 10 + steps * (1.2 + 0.038 * limit)
 
 
