@@ -102,20 +102,18 @@ def claim_line(claim, data):
 
 
 def best_places(data, places, arms, metrics):
-    """Where along `places` the mean over seeds of each metric is best; metrics: {name: 1, or -1 where less is
-    better}."""
-    told = []
+    """Where along `places` the mean over seeds of each metric is best, and whether any place is near the best of all;
+    metrics: {name: 1, or -1 where less is better}."""
+    told, common = [], set(places)
     for metric, sign in metrics.items():
         means = [sign * stats.interval(values(data, arm, metric))[0] for arm in arms]
         best = max(range(len(arms)), key=lambda i: means[i])
-        near = [places[i] for i, m in enumerate(means) if abs(m - means[best]) < 0.005 * max(1.0, abs(means[best]))]
-        span = (
-            f"{places[best]:g}"
-            if len(near) < 2
-            else f"{places[best]:g} (within half a percent from {min(near):g} to {max(near):g})"
-        )
-        told.append(f"{NAMES[metric]} at {span}")
-    return "Where each measure is best: " + "; ".join(told) + "."
+        near = [p for p, m in zip(places, means) if means[best] - m < 0.01 * max(1.0, abs(means[best]))]
+        common &= set(near)
+        more = f" (within 0.01 from {min(near):g} to {max(near):g})" if len(near) > 1 else ""
+        told.append(f"{NAMES[metric]} at {places[best]:g}{more}")
+    shared = f"{', '.join(f'{p:g}' for p in sorted(common))} is" if common else "no single place is"
+    return f"Where each measure is best: {'; '.join(told)}. So {shared} within 0.01 of the best in all of them."
 
 
 # ---------------------------------------------------------------- pictures
