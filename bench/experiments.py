@@ -36,7 +36,7 @@ RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, 
 
 def seconds(job):
     """About what a job takes on one core of a 2026 server: a PPO step of 64 answers 1.2 s, and 0.038 s for each token of
-    their length. Answers of plus end, near 85 tokens; a growing limit stands near 60 in the mean."""
+    their length. Answers of plus end, near 85 tokens; a growing limit stands near 58 in the mean."""
     options = dict(job.options)
     if job.stage not in ("plus", "coarse", "grow"):
         steps = options.get("steps", 0)
