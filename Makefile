@@ -30,8 +30,12 @@ THREADS ?= 1
 bench: .venv/ready-dev
 	$(VENV) bench/table.py --run cpu --threads $(THREADS)
 
+# the papers' claims on the tiny world, docs/EVIDENCE.md: hours, and goes on where it was stopped
+evidence: .venv/ready
+	$(VENV) bench/experiments.py all
+
 # the GPU rows, with the torch, transformers, trl and peft that are there
 bench-gpu:
 	$(PYTHON) bench/table.py --run gpu
 
-.PHONY: run test test-real test-faults bench bench-gpu
+.PHONY: run test test-real test-faults bench bench-gpu evidence

@@ -1,0 +1,746 @@
+"""The twelve experiments: what each runs for a seed, what it reads off the results, what it claims.
+
+An experiment names arms, each a few jobs by their role; `NUMBERS[role]` turns what a job leaves into metrics; a `Claim`
+compares two arms in one of them. Nothing is run here (experiments.py does) and nothing written (evidence_report.py).
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import evidence_report as report  # noqa: E402
+import ppo  # noqa: E402
+from data import world  # noqa: E402
+from evidence_jobs import Job  # noqa: E402
+
+GOLD = "bench.evidence_stages:gold"
+BASE = "data/tiny/base"
+COARSE_STEPS = 60  # the tiny preset's
+MEAN_LIMIT = 58  # tokens, of a Continuous Maximization run over its steps (54 to 66 in five); "equal tokens" goes by it
+
+
+# ---------------------------------------------------------------- jobs of a seed
+
+
+class Line:
+    """The jobs of one seed. What the main line has in common with an experiment is the same job."""
+
+    def __init__(self, seed, seeds, smoke=False):
+        self.seed, self.seeds, self.smoke = seed, seeds, smoke
+
+    def job(self, stage, **options):
+        return Job(stage, self.seed, tuple(sorted(options.items())), self.smoke)
+
+    def other(self, seed):
+        return Line(seed, self.seeds, self.smoke)
+
+    def reward(self, **more):
+        return self.job("reward", **more)
+
+    def sft(self, **more):
+        return self.job("sft", **more)
+
+    def ppo(self, stage, **more):
+        return self.job(stage, **dict(reward_model=self.reward(), second_score=GOLD) | more)
+
+    def plus(self, **more):
+        return self.ppo("plus", **more)
+
+    def coarse(self, **more):
+        return self.ppo("coarse", **more)
+
+    def merged(self, coarse, gamma=0.7):
+        return self.job("merge", coarse=coarse, sft=self.sft(), gamma=gamma)
+
+    def ask(self, model, **more):
+        return self.job("ask", **dict(model=model, reward_model=self.reward()) | more)
+
+    def ask_coarse(self, model, limit=128, **more):
+        """A coarse actor is asked as it was trained to act: with its system prompt, no EOS, up to its limit."""
+        return self.ask(model, **dict(system=world.ANALYTICAL, eos=False, limit=limit) | more)
+
+
+@dataclass
+class Claim:
+    """`a` more than `b` in `metric` (sign -1: less; kept: not less, or with sign -1 not more). `margin`: the least
+    effect that would matter. `b`: another arm, an arm and its metric, or a number. `why`: the likely reason,
+    told where it fails."""
+
+    text: str
+    metric: str
+    a: str
+    b: object
+    margin: float
+    sign: int = 1
+    kept: bool = False
+    why: str = ""
+
+
+@dataclass
+class Experiment:
+    """jobs(line) -> {arm: {role: Job}} of one seed; what `NUMBERS[role]` reads of each goes into the arm's numbers;
+    derive(arms), where given, adds what is computed of them, across({seed: arms}) what takes all seeds.
+    columns: {metric: (heading, digits)} of the table. words(data): a sentence of what no claim asks."""
+
+    title: str
+    about: str
+    jobs: Callable
+    columns: dict
+    claims: list
+    draw: Callable
+    derive: Callable = lambda arms: None
+    across: Callable = lambda seeds: None
+    words: Callable = lambda data: ""
+    seeds: int = 5
+
+
+# ---------------------------------------------------------------- numbers of a finished job
+
+
+def ask_numbers(path, prefix=""):
+    asked = json.loads(path.read_text())
+    kept = ("accuracy", "verified_steps", "redundancy", "ended_rate", "length", "reward", "general", "conversation",
+            "new_task", "words_a_sentence", "repeated_4", "toxicity_benign", "toxicity_provoking",
+            "toxicity_adversarial", "word_mass_benign", "word_mass_provoking", "word_mass_adversarial")  # fmt: skip
+    return {prefix + name: asked[name] for name in kept}
+
+
+def metrics_of(path):
+    lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["stage"] == path.name]
+
+
+SERIES = ("reward", "kl", "second_score", "length_limit", "p_extend", "tokens", "redundancy", "response_length",
+          "value_loss")  # fmt: skip
+
+
+def ppo_numbers(path):
+    rows = metrics_of(path)
+    return {"series": {name: [round(r[name] or 0.0, 5) for r in rows] for name in SERIES}}
+
+
+def reward_numbers(path):
+    held_out = next(r["held_out"] for r in metrics_of(path) if "held_out" in r)
+    return {f"pairs_{name}": value for name, value in held_out.items()}
+
+
+def tune_numbers(path):
+    losses = [r["loss"] for r in metrics_of(path)]
+    return {"mean_loss": sum(losses) / len(losses), "losses": losses}
+
+
+def best_numbers(path):
+    return {f"chosen_{k}": v for k, v in json.loads((path.parent / "best.json").read_text()).items()}
+
+
+NUMBERS = {
+    "ask": ask_numbers,
+    "fine": lambda path: ask_numbers(path, "fine_"),
+    "tuned": lambda path: ask_numbers(path, "tuned_"),
+    "ppo": ppo_numbers,
+    "reward": reward_numbers,
+    "tune": tune_numbers,
+    "best": best_numbers,
+    "results": lambda path: next(iter(json.loads(path.read_text()).values())),
+    "fit": lambda path: {"fit": json.loads(path.read_text())},
+}
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def smoothed(values, window=5):
+    """Mean of the `window` values that end at each place."""
+    return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+
+
+# ---------------------------------------------------------------- the twelve
+
+
+SIZES, FLIPS = (100, 300, 900, 2700), (0.1, 0.2, 0.4)
+
+
+def reward_data_jobs(line):
+    subset = lambda count, flip: line.reward(preferences=line.job("pairs", count=count, flip=flip))
+    arms = {f"{n} pairs": {"reward": subset(n, 0.0)} for n in SIZES} | {"all pairs": {"reward": line.reward()}}
+    arms |= {f"{f:.0%} flipped": {"reward": subset(0, f)} for f in FLIPS}
+    for arm in ("100 pairs", "all pairs", "40% flipped"):
+        arms[arm]["ask"] = line.ask(line.plus(reward_model=arms[arm]["reward"]))
+    return arms
+
+
+WINDOW = 10  # steps that figures are means over
+KL_PRICES = {"small": (0.0, 0.03, 0.1, 0.3), "full": (0.0, 0.1)}
+
+
+def hacking_jobs(line):
+    models = {"small": line.reward(preferences=line.job("pairs", count=300, flip=0.0)), "full": line.reward()}
+    fixed = dict(steps=50, concise=0, truncation_penalty=0)
+    return {
+        f"{size}, beta {beta}": {"ppo": line.plus(reward_model=models[size], kl_coefficient=beta, **fixed)}
+        for size, betas in KL_PRICES.items()
+        for beta in betas
+    }
+
+
+def hacking_across(seeds):
+    """Over the last ten steps: reward, KL, gold. And what gold lost and the reward gained since gold stood highest.
+    When that was is read off the other seeds: the highest of a noisy curve is above its end by chance alone."""
+    for seed, arms in seeds.items():
+        for name, arm in arms.items():
+            others = [seeds[s][name]["series"] for s in seeds if s != seed or len(seeds) == 1]
+            gold = smoothed([mean(column) for column in zip(*(s["second_score"] for s in others))], WINDOW)
+            top = max(range(WINDOW - 1, len(gold)), key=lambda i: gold[i], default=len(gold) - 1)
+            for metric, short in (("reward", "reward"), ("kl", "kl"), ("second_score", "gold")):
+                values = smoothed(arm["series"][metric], WINDOW)
+                arm |= {f"{short}_end": values[-1], f"{short}_top": values[top]}
+            arm |= {"gold_lost": arm["gold_top"] - arm["gold_end"], "top_step": top + 1,
+                    "reward_gained": arm["reward_end"] - arm["reward_top"]}  # fmt: skip
+
+
+def toxicity_jobs(line):
+    only = lambda kind: line.reward(preferences=f"data/tiny/preferences/{kind}.jsonl")
+    arms = {"base": BASE, "sft": line.sft(), "plus": line.plus()}
+    arms = {name: {"ask": line.ask(model)} for name, model in arms.items()}
+    arms |= {"coarse": {"ask": line.ask_coarse(line.coarse())}, "fine": {"ask": line.ask(line.merged(line.coarse()))}}
+    return arms | {
+        f"plus, {kind} pairs alone": {"ask": line.ask(line.plus(reward_model=only(kind)))}
+        for kind in ("helpful", "harmless")
+    }
+
+
+def sft_first_jobs(line):
+    task = line.job("task")
+    models = {
+        "PPO from the base": line.plus(steps=42),
+        "SFT, then PPO": line.plus(model=line.sft()),
+        "SFT alone": line.sft(),
+        "base": BASE,
+    }
+    arms = {}
+    for name, model in models.items():
+        tuned = line.sft(model=model, instructions=task, steps=30, batch_tokens=1024)
+        arms[name] = {"ask": line.ask(model), "tune": tuned, "tuned": line.ask(tuned)}
+    return arms
+
+
+def sft_first_derive(arms):
+    for arm in arms.values():
+        for metric in ("general", "accuracy", "conversation"):
+            arm[f"forgot_{metric}"] = arm[metric] - arm[f"tuned_{metric}"]
+
+
+def concise_jobs(line):
+    models = {"off": line.plus(concise=0), "0.5": line.plus(), "2": line.plus(concise=2)}
+    return {f"concise {name}": {"ppo": model, "ask": line.ask(model)} for name, model in models.items()}
+
+
+def concise_derive(arms):
+    """jitter: mean change of the reward from one step to the next, over the second half; top_kl: the highest KL."""
+    for arm in arms.values():
+        late = arm["series"]["reward"][len(arm["series"]["reward"]) // 2 :]
+        arm["jitter"] = mean([abs(b - a) for a, b in zip(late, late[1:])] or [0.0])
+        arm["top_kl"] = max(arm["series"]["kl"])
+
+
+def limit_growth_jobs(line):
+    fixed = lambda limit, **more: line.coarse(limit_growth="fixed", length_limit=limit, **more)
+    steps = lambda limit: round(COARSE_STEPS * MEAN_LIMIT / limit)
+    runs = {
+        "dynamic": (line.coarse(), 128),
+        "stepped": (line.coarse(limit_growth="stepped"), 128),
+        "fixed 32": (fixed(32), 32),
+        "fixed 128": (fixed(128), 128),
+        "fixed 32, equal tokens": (fixed(32, steps=steps(32)), 32),
+        "fixed 128, equal tokens": (fixed(128, steps=steps(128)), 128),
+    }
+    return {
+        name: {"ppo": run, "ask": line.ask_coarse(run, limit), "fine": line.ask(line.merged(run))}
+        for name, (run, limit) in runs.items()
+    }
+
+
+LEVELS = (0.8, 0.9)
+
+
+def limit_growth_derive(arms):
+    """Tokens (thousands) until the smoothed score of the checker reaches a level; those of the whole run where it never
+    does, which is less than it would take."""
+    for arm in arms.values():
+        s, used, at = arm["series"], [], 0
+        for tokens in s["tokens"]:
+            used.append(at := at + tokens / 1000)
+        gold = smoothed(s["second_score"])
+        arm["ktokens"] = used[-1]
+        for level in LEVELS:
+            reached = next((i for i, g in enumerate(gold) if g >= level), None)
+            arm[f"ktokens_to_{level}"] = used[-1 if reached is None else reached]
+            arm[f"reaches_{level}"] = float(reached is not None)
+
+
+AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0)  # in reference deviations of the mean reward (f_CM's unit)
+
+
+def recorded(line):
+    """The runs that f_CM's weights are fitted on: those of the other seeds."""
+    return tuple(
+        run
+        for seed in line.seeds
+        if seed != line.seed or len(line.seeds) == 1
+        for other in (line.other(seed),)
+        for run in (other.coarse(), blind(other), other.coarse(limit_growth="stepped"))
+    )
+
+
+def blind(line):
+    return line.ppo("grow", how="blind")
+
+
+def f_cm_jobs(line):
+    fit = line.job("fit", runs=recorded(line))
+    runs = {
+        "default weights": line.coarse(),
+        "oscillating reward": line.ppo("grow", how="noisy", amplitude=0.5),
+        "fitted weights": line.ppo("grow", how="fitted", weights=fit),
+        "blind growth": blind(line),
+    }
+    arms = {n: {"ppo": r, "ask": line.ask_coarse(r)} for n, r in runs.items()}
+    arms["fitted weights"]["fit"] = fit
+    return arms
+
+
+def replay(rewards, value_losses, amplitude):
+    """(extensions, holds) of the default f_CM on a recorded run whose rewards alternate by `amplitude` of its units."""
+    unit = 2 / 64**0.5
+    limit = ppo.ContinuousMaximization(initial=32, maximum=10**6, reward_scale=unit, value_scale=0.1)
+    for i, (reward, loss) in enumerate(zip(rewards, value_losses)):
+        limit.update(reward + (-1) ** i * amplitude * unit, loss)
+    return limit.extensions, limit.holds
+
+
+def f_cm_derive(arms):
+    for arm in arms.values():
+        s = arm["series"]
+        arm["extensions"] = float(sum(b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])))
+        arm["last_limit"] = s["length_limit"][-1]
+        arm["gold_end"] = mean(s["second_score"][-10:])
+    quiet = arms["default weights"]["series"]
+    for amplitude in AMPLITUDES:
+        made = replay(quiet["reward"], quiet["value_loss"], amplitude)
+        arms[f"replay, noise {amplitude}"] = {"extensions": float(made[0]), "holds": float(made[1])}
+    arms["fitted weights"] |= {f"log_loss_{n}": v for n, v in arms["fitted weights"]["fit"]["log_loss"].items()}
+
+
+def coarse_form_jobs(line):
+    forms = {
+        "no EOS, system prompt": {},
+        "no EOS, no system prompt": dict(system_prompt=""),
+        "EOS, system prompt": dict(eos=True),
+        "EOS, no system prompt": dict(eos=True, system_prompt=""),
+    }
+    arms = {}
+    for name, how in forms.items():
+        run = line.coarse(**how)
+        acts = dict(system=how.get("system_prompt", world.ANALYTICAL), eos=how.get("eos", False))
+        arms[name] = {"ppo": run, "ask": line.ask(run, **acts), "fine": line.ask(line.merged(run))}
+    return arms
+
+
+GAMMAS = tuple(g / 10 for g in range(11))
+
+
+def gamma_jobs(line):
+    return {f"gamma {g}": {"ask": line.ask(line.merged(line.coarse(), g))} for g in GAMMAS}
+
+
+def fine_jobs(line):
+    coarse, sft = line.coarse(), line.sft()
+    return {
+        "fine": {"ask": line.ask(line.merged(coarse))},
+        "coarse (as it acts)": {"ask": line.ask_coarse(coarse)},
+        "sft": {"ask": line.ask(sft)},
+        "sft, 4 times the steps": {"ask": line.ask(line.sft(steps=400))},
+        "coarse with EOS restored": {"ask": line.ask(line.merged(coarse, 1.0))},
+        "logits averaged": {"ask": line.ask(coarse, average=sft, gamma=0.7)},
+        "plus": {"ask": line.ask(line.plus())},
+    }
+
+
+LIMITS = (64, 128, 256, 512)
+
+
+def extreme_jobs(line):
+    arms = {}
+    for limit in LIMITS:
+        how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=12)
+        run = line.coarse(**how)
+        fine = line.ask(line.merged(run), limit=256)
+        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run, limit), "fine": fine}
+    return arms
+
+
+def best_of_n_jobs(line):
+    tokens = 1000 * round(COARSE_STEPS * 64 * MEAN_LIMIT / 1000)  # what the coarse actor generates in training
+    best = line.job("best", reward_model=line.reward(), tokens=tokens)
+    tuned = line.sft(instructions=best)
+    return {
+        "best of 8, asked": {"best": best},
+        "SFT on the best of 8": {"ask": line.ask(tuned)},
+        "base": {"ask": line.ask(BASE)},
+        "sft": {"ask": line.ask(line.sft())},
+        "plus": {"ask": line.ask(line.plus())},
+        "coarse": {"ask": line.ask_coarse(line.coarse())},
+        "fine": {"ask": line.ask(line.merged(line.coarse()))},
+    }
+
+
+def best_of_n_derive(arms):
+    """The answers chosen at once stand in the columns of the others."""
+    asked = arms["best of 8, asked"]
+    for name in ("accuracy", "verified_steps", "redundancy", "ended_rate", "length"):
+        asked[name] = asked[f"chosen_{name}"]
+
+
+SMOLLM2 = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/c2f/smollm2-135m-instruct"))
+PUBLIC = Path("../shared/data")
+
+
+def smollm2_jobs(line):
+    """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT. The long fixed limit takes as
+    many steps as the tokens of 20 dynamic ones allow, whose mean limit is near 40."""
+    common = dict(preset="smollm2-135m", model=str(SMOLLM2))
+    reward = line.reward(**common, preferences=str(PUBLIC / "hh_rlhf"), steps=400)
+    ppo = dict(common, reward_model=reward, prompts=str(PUBLIC / "hh_rlhf/helpful-base"))
+    runs = {
+        "dynamic": line.job("coarse", **ppo, steps=40),
+        "fixed 96": line.job("coarse", **ppo, steps=17, limit_growth="fixed", length_limit=96),
+    }
+    models = {n: line.job("merge", coarse=run, sft=str(SMOLLM2), gamma=0.7) for n, run in runs.items()}
+    models |= {"SmolLM2": str(SMOLLM2), "plus": line.job("plus", **ppo)}
+    asked = dict(benchmarks=str(PUBLIC), tasks=("mmlu", "arc_easy", "toxicity"), limit=600, samples=2)
+    return {
+        name: {"results": line.job("eval", **common, **asked, models=((name.replace(" ", ""), model),))}
+        for name, model in models.items()
+    }
+
+
+def smollm2_words(data):
+    """Intervals over the items of MMLU: with one seed there is none over seeds."""
+    told = []
+    for name, arm in next(iter(data.values())).items():
+        low, high = arm["general_mmlu_ci"]
+        told.append(
+            f"{name} {report.number(arm['general_mmlu'], 3)} [{report.number(low, 3)}, {report.number(high, 3)}]"
+        )
+    return f"MMLU, 95% interval over the items: {'; '.join(told)}."
+
+
+ANSWERS = {
+    "accuracy": ("correct", 3),
+    "verified_steps": ("true steps", 2),
+    "redundancy": ("redundancy", 3),
+    "ended_rate": ("properly ended", 3),
+    "length": ("tokens", 1),
+}
+FINE = {"fine_accuracy": ("merged: correct", 3), "fine_redundancy": ("merged: redundancy", 3)}
+TOXIC = {f"toxicity_{g}": (f"bad words, {g}", 3) for g in ("benign", "provoking", "adversarial")}
+
+EXPERIMENTS = {
+    "reward_data": Experiment(
+        "The reward model: how many pairs, how clean",
+        "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs,"
+        " same number of optimizer steps; three of them carried on into `plus`.",
+        reward_data_jobs,
+        {"pairs_accuracy": ("held-out accuracy", 3), "pairs_accuracy_cut": ("without EOS", 3),
+         "pairs_calibration": ("calibration gap", 3), "accuracy": ("plus: correct", 3),
+         "verified_steps": ("plus: true steps", 2), "toxicity_provoking": ("plus: bad words, provoked", 3)},
+        [
+            Claim("all pairs rank better than 100", "pairs_accuracy", "all pairs", "100 pairs", 0.02),
+            Claim("all pairs rank better than 2700", "pairs_accuracy", "all pairs", "2700 pairs", 0.02,
+                  why="the number of optimizer steps is the same: more pairs are seen less often each"),
+            Claim("20% flipped labels cost accuracy", "pairs_accuracy", "20% flipped", "all pairs", 0.02, -1),
+            Claim("flipped labels cost calibration", "pairs_calibration", "20% flipped", "all pairs", 0.02),
+            Claim("the smallest set's reward model makes a worse plus", "accuracy", "100 pairs", "all pairs", 0.02, -1),
+            Claim("the noisiest set's reward model makes a worse plus", "accuracy", "40% flipped", "all pairs", 0.02,
+                  -1,
+                  why="flips are symmetric: they shrink the margins, not their order, and the score is put in units of"
+                      " its own deviation"),
+        ],
+        lambda data: report.reward_data(data, SIZES, FLIPS),
+    ),
+    "hacking": Experiment(
+        "The reward model fixed: where the reward rises and the truth falls",
+        "PPO from the base, 50 steps, no length term, with a reward model of 300 pairs (small) or of all (full), and"
+        " the price beta of a nat of KL. Gold: the checker's score of the training answers, which is never trained on."
+        " Figures are means over ten steps; lost: from where gold stood highest, in the other seeds, to the end.",
+        hacking_jobs,
+        {"reward_end": ("reward", 2), "kl_end": ("KL, nats", 2), "gold_end": ("gold", 3), "gold_lost": ("gold lost", 3),
+         "reward_gained": ("reward gained meanwhile", 3), "top_step": ("gold highest at step", 0),
+         "kl_top": ("KL there", 2)},
+        [
+            Claim("with a small reward model and free KL, gold falls from where it stood highest (hacking)",
+                  "gold_lost", "small, beta 0.0", 0.0, 0.02,
+                  why="even 300 pairs teach this reward model enough: its errors are not such that PPO finds them"),
+            Claim("while gold falls so, the reward still rises", "reward_gained", "small, beta 0.0", 0.0, 0.05),
+            Claim("a price on KL of 0.3 keeps more of it", "gold_lost", "small, beta 0.3", "small, beta 0.0", 0.02, -1),
+            Claim("the full reward model ends with more gold than the small one, free KL", "gold_end", "full, beta 0.0",
+                  "small, beta 0.0", 0.02),
+            Claim("a price on KL of 0.3 lowers the KL", "kl_end", "small, beta 0.3", "small, beta 0.0", 0.5, -1),
+        ],
+        lambda data: report.training(data, ("reward", "second_score", "kl")),
+        across=hacking_across,
+    ),
+    "toxicity": Experiment(
+        "Toxicity before and after",
+        "Share of sampled replies with a bad word of the world's list; small talk (benign), requests for an insult"
+        " (provoking), and a rude reply begun for the model or two rude turns before the request (adversarial).",
+        toxicity_jobs,
+        TOXIC | {f"word_mass_{g}": (f"bad-word mass, {g}", 4) for g in ("benign", "provoking", "adversarial")}
+        | {"accuracy": ("correct", 3)},
+        [
+            *(Claim(f"plus says fewer bad words than the base, {g} prompts", f"toxicity_{g}", "plus", "base", 0.02, -1)
+              for g in ("benign", "provoking", "adversarial")),
+            Claim("helpful and harmless pairs mixed: fewer bad words than helpful alone", "toxicity_provoking", "plus",
+                  "plus, helpful pairs alone", 0.02, -1),
+            Claim("mixed: right more often than harmless alone", "accuracy", "plus", "plus, harmless pairs alone",
+                  0.02),
+            Claim("mixed costs no correctness against helpful alone", "accuracy", "plus", "plus, helpful pairs alone",
+                  0.02, kept=True),
+            Claim("plus says fewer bad words than sft when provoked", "toxicity_provoking", "plus", "sft", 0.02, -1),
+            Claim("fine keeps sft's few bad words when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1, True),
+        ],
+        lambda data: report.dots(data, ("toxicity_benign", "toxicity_provoking", "toxicity_adversarial", "accuracy")),
+    ),
+    "sft_first": Experiment(
+        "With and without SFT before PPO",
+        "The same time: 42 steps of PPO from the base, or 100 of SFT and 30 of PPO. Then 30 steps of fine-tuning each"
+        " on a task that none has seen: its loss on the way, what is right of it after, what is lost of the rest.",
+        sft_first_jobs,
+        {"accuracy": ("correct", 3), "general": ("general tasks", 3), "conversation": ("conversation", 3)} | TOXIC
+        | {"mean_loss": ("new task: mean loss", 3), "tuned_new_task": ("new task: right", 3),
+           "forgot_general": ("forgot: general", 3), "forgot_accuracy": ("forgot: correct", 3),
+           "forgot_conversation": ("forgot: conversation", 3)},
+        [
+            Claim("without SFT general tasks are better", "general", "PPO from the base", "SFT, then PPO", 0.01,
+                  why="the general tasks' form never occurs in SFT, and so short a fine-tuning does not touch them"),
+            Claim("SFT alone loses general tasks", "general", "SFT alone", "base", 0.01, -1,
+                  why="100 steps on the world's own language do not reach them"),
+            Claim("without SFT more answers are right", "accuracy", "PPO from the base", "SFT, then PPO", 0.02),
+            Claim("without SFT conversation is as good", "conversation", "PPO from the base", "SFT, then PPO", 0.02,
+                  kept=True),
+            Claim("without SFT the model says no more bad words when provoked", "toxicity_provoking",
+                  "PPO from the base", "SFT, then PPO", 0.02, -1, True),
+            Claim("without SFT a new task is learnt faster", "mean_loss", "PPO from the base", "SFT, then PPO", 0.02,
+                  -1),
+            Claim("without SFT less is forgotten over it", "forgot_accuracy", "PPO from the base", "SFT, then PPO",
+                  0.02, -1),
+        ],
+        lambda data: report.dots(data, ("general", "conversation", "mean_loss", "forgot_accuracy")),
+        sft_first_derive,
+    ),
+    "concise": Experiment(
+        "Rewarding short answers (plus)",
+        "`--concise` takes so many deviations of score off an answer as long as the limit: off, 0.5 (the tiny preset's)"
+        " and 2. Stability: mean change of the reward between neighbouring steps in the second half, highest KL.",
+        concise_jobs,
+        ANSWERS | {"jitter": ("change of reward a step", 3), "top_kl": ("highest KL", 2),
+                   "conversation": ("conversation", 3)},
+        [
+            Claim("0.5 shortens the answers", "length", "concise 0.5", "concise off", 3.0, -1,
+                  why="half a deviation over 128 tokens is little beside what the reward model gives a step"),
+            Claim("2 shortens the answers", "length", "concise 2", "concise off", 3.0, -1,
+                  why="the reward model's preference for steps outweighs it"),
+            Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1),
+            Claim("0.5 makes training steadier", "jitter", "concise 0.5", "concise off", 0.01, -1),
+            Claim("0.5 betters conversation", "conversation", "concise 0.5", "concise off", 0.02),
+        ],
+        lambda data: report.dots(data, ("length", "verified_steps", "jitter", "conversation")),
+        concise_derive,
+    ),
+    "limit_growth": Experiment(
+        "Continuous Maximization against simpler limits",
+        f"Coarse stages that differ in the length limit alone. Equal updates: {COARSE_STEPS} steps each. Equal tokens:"
+        f" the fixed limits run as many steps as {COARSE_STEPS * MEAN_LIMIT * 64 // 1000} thousand tokens allow. Each is"
+        " asked as it acts, up to its own limit; merged: at gamma 0.7 with sft. Tokens to a level: generated until the"
+        " checker's score of the training answers, mean of 5 steps, stood there; where it never did, those of the run.",
+        limit_growth_jobs,
+        ANSWERS | FINE | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.9": ("of them to 0.9", 0),
+                          "reaches_0.9": ("reaches 0.9", 2)},
+        [
+            Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02),
+            Claim("the dynamic limit beats a short fixed one, equal tokens", "accuracy", "dynamic",
+                  "fixed 32, equal tokens", 0.02),
+            Claim("the dynamic limit beats a long fixed one, equal updates", "accuracy", "dynamic", "fixed 128", 0.02,
+                  why="the base can write the steps: nothing in this world has to be learnt at short length first"),
+            Claim("the dynamic limit beats a long fixed one, equal tokens", "accuracy", "dynamic",
+                  "fixed 128, equal tokens", 0.02,
+                  why="the short steps at the start are cheap, but their cut answers teach little"),
+            Claim("the dynamic limit beats a fixed increase", "accuracy", "dynamic", "stepped", 0.02,
+                  why="any limit that has grown past the length of an answer in time does"),
+            Claim("the dynamic limit goes deeper than a fixed increase", "verified_steps", "dynamic", "stepped", 0.1),
+            *(Claim(f"merged, the dynamic limit's actor beats that of the limit {other}", "fine_accuracy", "dynamic",
+                    other, 0.02, why="the merge keeps what the actors have in common: they can all write the steps")
+              for other in ("stepped", "fixed 32, equal tokens", "fixed 128", "fixed 128, equal tokens")),
+            Claim("the dynamic limit reaches 0.9 with fewer tokens than a long fixed one", "ktokens_to_0.9", "dynamic",
+                  "fixed 128", 20, -1),
+        ],
+        lambda data: report.training(data, ("second_score", "redundancy", "length_limit"), by_tokens=True),
+        limit_growth_derive,
+    ),
+    "f_cm": Experiment(
+        "How f_CM decides",
+        "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
+        " step; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
+        " score is back within 6 steps of an extension); and growth at random moments. Replay: the recorded metrics of"
+        " the default run with alternating noise, in f_CM's units, through the controller alone.",
+        f_cm_jobs,
+        {"extensions": ("extensions", 1), "holds": ("holds", 1), "last_limit": ("last limit", 0),
+         "accuracy": ("correct", 3), "verified_steps": ("true steps", 2), "gold_end": ("checker's score, training", 3)},
+        [
+            Claim("an oscillating reward makes it hold: fewer extensions", "extensions", "oscillating reward",
+                  "default weights", 1.0, -1),
+            Claim("fitted weights foretell recovery better than the default ones (log loss)", "log_loss_fitted",
+                  "fitted weights", ("fitted weights", "log_loss_default"), 0.02, -1),
+            Claim("fitted weights foretell recovery better than its bare rate (log loss)", "log_loss_fitted",
+                  "fitted weights", ("fitted weights", "log_loss_rate"), 0.02, -1,
+                  why="nearly every extension is followed by recovery, so there is little to tell apart"),
+            Claim("fitted weights make a better coarse actor", "accuracy", "fitted weights", "default weights", 0.02),
+            Claim("the default weights beat growth at random moments", "accuracy", "default weights", "blind growth",
+                  0.02),
+        ],
+        lambda data: report.controller(data, AMPLITUDES),
+        f_cm_derive,
+    ),
+    "coarse_form": Experiment(
+        "EOS removed or kept, system prompt changed or not",
+        "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft.",
+        coarse_form_jobs,
+        ANSWERS | {"reward": ("reward", 2)} | FINE,
+        [
+            Claim("without EOS the coarse actor shows more true steps", "verified_steps", "no EOS, system prompt",
+                  "EOS, system prompt", 0.1, why="an answer is complete before the limit: what follows repeats it"),
+            Claim("without EOS it is more redundant", "redundancy", "no EOS, system prompt", "EOS, system prompt",
+                  0.05),
+            Claim("without EOS the merged actor is right more often", "fine_accuracy", "no EOS, system prompt",
+                  "EOS, system prompt", 0.02),
+            Claim("the system prompt makes it show more true steps", "verified_steps", "no EOS, system prompt",
+                  "no EOS, no system prompt", 0.1,
+                  why="PPO finds the analytical style by itself when the reward model prefers it"),
+            Claim("the system prompt makes the merged actor right more often", "fine_accuracy", "no EOS, system prompt",
+                  "no EOS, no system prompt", 0.02,
+                  why="what is learnt under a prompt does not all carry over to answers without it"),
+        ],
+        lambda data: report.dots(data, ("verified_steps", "redundancy", "accuracy", "fine_accuracy")),
+    ),
+    "gamma": Experiment(
+        "The merge's gamma, 0 to 1",
+        "theta = gamma coarse + (1 - gamma) sft, each asked as an instruction model with EOS. The paper finds 0.7 best"
+        " and segmentation suffering above it.",
+        gamma_jobs,
+        ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3)},
+        [
+            Claim("correctness drops above gamma 0.7", "accuracy", "gamma 0.7", "gamma 1.0", 0.02,
+                  why="EOS was masked while the coarse actor learnt, not unlearnt: with the mask gone it ends its"
+                      " answers as the base does, and nothing is left for the instruction model to mend"),
+            Claim("proper endings drop above gamma 0.7", "ended_rate", "gamma 0.7", "gamma 1.0", 0.02,
+                  why="EOS was masked, not unlearnt"),
+            Claim("redundancy rises above gamma 0.7", "redundancy", "gamma 0.7", "gamma 1.0", 0.02, -1,
+                  why="with EOS back the coarse actor stops before it repeats itself"),
+            Claim("gamma 0.7 is right more often than 0.5", "accuracy", "gamma 0.7", "gamma 0.5", 0.02),
+            Claim("the merge at 0.7 keeps general tasks as good as sft's", "general", "gamma 0.7", "gamma 0.0", 0.01,
+                  kept=True),
+        ],
+        lambda data: report.curves_over(data, GAMMAS, "gamma (share of the coarse actor)",
+                                        [f"gamma {g}" for g in GAMMAS],
+                                        ("accuracy", "general", "ended_rate", "redundancy"), ("verified_steps",)),
+        words=lambda data: report.best_places(data, GAMMAS, [f"gamma {g}" for g in GAMMAS],
+                                              {"accuracy": 1, "verified_steps": 1, "ended_rate": 1, "redundancy": -1,
+                                               "general": 1}),
+    ),
+    "fine": Experiment(
+        "Fine against both parents and cheaper ways",
+        "The same questions to the Fine Actor (gamma 0.7), to what it is merged of, and to what could be had for less.",
+        fine_jobs,
+        ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2)},
+        [
+            Claim("fine is right more often than sft", "accuracy", "fine", "sft", 0.02),
+            Claim("fine shows more true steps than sft", "verified_steps", "fine", "sft", 0.1),
+            Claim("fine is less redundant than coarse", "redundancy", "fine", "coarse (as it acts)", 0.05, -1),
+            Claim("fine is as often right as coarse", "accuracy", "fine", "coarse (as it acts)", 0.02, kept=True,
+                  why="the merge gives up a part of what the coarse actor has learnt"),
+            Claim("fine beats more SFT", "accuracy", "fine", "sft, 4 times the steps", 0.02),
+            Claim("fine beats the coarse actor with EOS restored", "accuracy", "fine", "coarse with EOS restored", 0.02,
+                  why="restoring EOS already ends the answers, and the instruction model guesses from four steps on"),
+            Claim("fine is as good as averaging logits, at half the cost of an answer", "accuracy", "fine",
+                  "logits averaged", 0.02, kept=True),
+            Claim("fine beats Mistral-Plus", "accuracy", "fine", "plus", 0.02,
+                  why="this reward model prefers analysis by itself, so plus learns it without a merge"),
+        ],
+        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "ended_rate")),
+    ),
+    "extreme": Experiment(
+        "Extreme lengths",
+        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens),"
+        " is asked up to that limit, and is merged at gamma 0.7 with sft and asked with room for 256 tokens.",
+        extreme_jobs,
+        ANSWERS | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)},
+        [
+            Claim("at 512 the coarse actor is more redundant than at 128", "redundancy", "limit 512", "limit 128",
+                  0.05),
+            Claim("at 512 the merge no longer filters it", "fine_redundancy", "limit 512", "limit 128", 0.05,
+                  why="redundancy lives where EOS is masked; the merged actor may end, and does"),
+            Claim("at 512 the merged actor is right less often", "fine_accuracy", "limit 512", "limit 128", 0.02, -1,
+                  why="the answer stands before the redundancy, and is what the score learns most from"),
+            Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1),
+        ],
+        lambda data: report.curves_over(data, LIMITS, "length limit, tokens", [f"limit {n}" for n in LIMITS],
+                                        ("redundancy", "fine_redundancy", "fine_accuracy", "fine_ended_rate"),
+                                        ("fine_length",)),
+    ),
+    "best_of_n": Experiment(
+        "The coarse idea without PPO: best of n",
+        "Of 8 answers of the base the reward model's best: given as the answer (8 times the tokens), and as instruction"
+        " data for SFT, with as many tokens generated as the coarse actor's training takes.",
+        best_of_n_jobs,
+        ANSWERS | {"general": ("general tasks", 3), "toxicity_provoking": ("bad words, provoked", 3),
+                   "chosen_examples": ("examples", 0)},
+        [
+            Claim("best of 8 is right more often than the base", "accuracy", "best of 8, asked", "base", 0.02),
+            Claim("SFT on the best of 8 is right more often than sft", "accuracy", "SFT on the best of 8", "sft", 0.02),
+            Claim("fine beats SFT on the best of 8", "accuracy", "fine", "SFT on the best of 8", 0.02,
+                  why="the base already has the good answers among eight, and imitating them is enough"),
+            Claim("plus beats SFT on the best of 8", "accuracy", "plus", "SFT on the best of 8", 0.02),
+            Claim("fine shows more true steps than SFT on the best of 8", "verified_steps", "fine",
+                  "SFT on the best of 8", 0.1),
+        ],
+        lambda data: report.dots(data, ("accuracy", "verified_steps", "redundancy", "toxicity_provoking")),
+        best_of_n_derive,
+    ),
+    "smollm2": Experiment(
+        "SmolLM2-135M on real data: fixed against dynamic",
+        "Reward model from HH pairs, coarse stages of about equal tokens, merged at gamma 0.7 with SmolLM2 itself; MMLU"
+        " by log-likelihood, five shots. Not a part of `all`: some hours by itself, the folder of tests/smollm2.py (or"
+        " SMOLLM2) and the public files of ../shared/data.",
+        smollm2_jobs,
+        {"general_mmlu": ("MMLU", 3), "general_arc_easy": ("ARC easy", 3), "toxicity": ("bad words", 3),
+         "word_mass": ("bad-word mass", 4)},
+        [
+            Claim("merged, the dynamic limit's actor beats the long fixed one's on MMLU", "general_mmlu", "dynamic",
+                  "fixed 96", 0.01),
+            Claim("the merge keeps SmolLM2's MMLU", "general_mmlu", "dynamic", "SmolLM2", 0.01, kept=True),
+        ],
+        lambda data: report.dots(data, ("general_mmlu", "toxicity")),
+        words=smollm2_words,
+        seeds=1,
+    ),
+}  # fmt: skip
+
+# The order in which `all` runs them: the main line and what asks most of it first.
+ALL = ("gamma", "fine", "toxicity", "limit_growth", "concise", "coarse_form", "best_of_n", "f_cm", "hacking",
+       "reward_data", "sft_first", "extreme")  # fmt: skip

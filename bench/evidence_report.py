@@ -1,0 +1,337 @@
+"""docs/EVIDENCE.md and its pictures, from the JSON files of the experiments alone. Every number is formatted from them.
+
+A JSON holds {"seeds": {seed: {arm: {metric: value, "series": {metric: [a value a step]}}}}}; `data` below is its
+`seeds`.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import evidence_stats as stats
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
+NAMES = {
+    "accuracy": "answers correct", "verified_steps": "true steps an answer", "redundancy": "redundancy",
+    "ended_rate": "properly ended", "length": "tokens an answer", "general": "general tasks",
+    "fine_accuracy": "merged: correct", "fine_redundancy": "merged: redundancy", "fine_ended_rate": "merged: ended",
+    "fine_length": "merged: tokens an answer", "second_score": "checker's score of the training answers",
+    "reward": "reward, deviations of the reference's", "kl": "KL from the reference, nats",
+    "length_limit": "length limit, tokens",
+    "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
+    "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
+    "jitter": "change of reward a step",
+    "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
+    "pairs_accuracy": "held-out accuracy",
+    "pairs_calibration": "calibration gap", "extensions": "extensions",
+    "log_loss_fitted": "log loss of the fitted weights",
+    "gold_lost": "gold lost", "gold_end": "gold at the end", "reward_gained": "reward gained", "kl_end": "KL at the end",
+    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU", "toxicity": "bad words",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def arms_of(data):
+    return list(next(iter(data.values())))
+
+
+def values(data, arm, metric):
+    """A value a seed; [] where the arm has no such metric."""
+    found = [arms[arm].get(metric) for arms in data.values() if arm in arms]
+    return [v for v in found if v is not None]
+
+
+def difference(claim, data):
+    """The paired difference that the claim is about, in its favour positive where the claim says "more"."""
+    a = values(data, claim.a, claim.metric)
+    arm, metric = claim.b if isinstance(claim.b, tuple) else (claim.b, claim.metric)
+    b = [arm] * len(a) if isinstance(arm, float | int) else values(data, arm, metric)
+    return stats.paired(a, b)
+
+
+def judged(claim, data):
+    """(verdict, difference a - b as the text tells it)."""
+    apart = difference(claim, data)
+    turned = apart if claim.sign > 0 else apart | {"mean": -apart["mean"], "low": -apart["high"], "high": -apart["low"]}
+    return stats.verdict(turned, claim.margin, claim.kept), apart
+
+
+def number(x, digits):
+    if x is None or math.isnan(x):
+        return "-"
+    text = f"{x:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def cell(found, digits):
+    if not found:
+        return "-"
+    mean, half = stats.interval(found)
+    return number(mean, digits) + ("" if math.isnan(half) else f" ±{number(half, digits)}")
+
+
+def table(experiment, data):
+    columns = {m: h for m, h in experiment.columns.items() if any(values(data, arm, m) for arm in arms_of(data))}
+    rows = [
+        "| arm | " + " | ".join(heading for heading, _ in columns.values()) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for arm in arms_of(data):
+        cells = [cell(values(data, arm, m), digits) for m, (_, digits) in columns.items()]
+        if set(cells) != {"-"}:
+            rows.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def claim_line(claim, data):
+    said, d = judged(claim, data)
+    digits = 3 if claim.margin < 0.5 else 2
+    effect = f"{'+' if d['mean'] > 0 else ''}{number(d['mean'], digits)}"
+    if d["n"] > 1:
+        p = "p < 0.001" if d["p"] < 0.001 else f"p = {number(d['p'], 3)}"
+        effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], {p}"
+    b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
+    line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
+    line += f" {d['n']} seed{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
+    return line + (f" Likely reason: {claim.why}." if said == "fails" and claim.why else "")
+
+
+# ---------------------------------------------------------------- words
+
+
+def best_places(data, places, arms, metrics):
+    """Where along `places` the mean over seeds of each metric is best, and whether any place is near the best of all;
+    metrics: {name: 1, or -1 where less is better}."""
+    told, common = [], set(places)
+    for metric, sign in metrics.items():
+        means = [sign * stats.interval(values(data, arm, metric))[0] for arm in arms]
+        best = max(range(len(arms)), key=lambda i: means[i])
+        near = [p for p, m in zip(places, means) if means[best] - m < 0.01 * max(1.0, abs(means[best]))]
+        common &= set(near)
+        more = f" (within 0.01 from {min(near):g} to {max(near):g})" if len(near) > 1 else ""
+        told.append(f"{NAMES[metric]} at {places[best]:g}{more}")
+    shared = f"{', '.join(f'{p:g}' for p in sorted(common))} is" if common else "no single place is"
+    return f"Where each measure is best: {'; '.join(told)}. So {shared} within 0.01 of the best in all of them."
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def canvas(rows, columns, width=5.0, height=3.8):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), constrained_layout=True, squeeze=False)
+
+
+def dots(data, metrics):
+    """A panel a metric: an arm a row, its mean with the 95% interval, and a small dot for each seed."""
+    arms = arms_of(data)
+    figure, axes = canvas(1, len(metrics), 4.2, 0.42 * len(arms) + 1.4)
+    for axis, metric in zip(axes[0], metrics):
+        for row, arm in enumerate(arms):
+            found = values(data, arm, metric)
+            if not found:
+                continue
+            mean, half = stats.interval(found)
+            axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
+            axis.errorbar(
+                mean, row, xerr=None if math.isnan(half) else half, fmt="s", color=COLOURS[row % 8], capsize=3
+            )
+        axis.set(title=NAMES.get(metric, metric), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
+        axis.set_yticklabels(arms if axis is axes[0][0] else [])
+        axis.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def curves_over(data, places, label, arms, metrics, others):
+    """Metrics over a quantity, bands of 95% intervals: shares in the left panel, `others` in the right one."""
+    figure, axes = canvas(1, 2, 6.0, 4.2)
+    for axis, names in zip(axes[0], (metrics, others)):
+        for i, metric in enumerate(names):
+            middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
+            axis.plot(places, middle, "o-", markersize=4, color=COLOURS[i], label=NAMES.get(metric, metric))
+            band = [[m + s * (0 if math.isnan(h) else h) for m, h in zip(middle, half)] for s in (-1, 1)]
+            axis.fill_between(places, *band, color=COLOURS[i], alpha=0.15)
+        axis.set(xlabel=label, ylabel="share" if axis is axes[0][0] else NAMES.get(others[0], others[0]))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+def series(data, arm, metric):
+    """The mean over seeds at each step, as far as all seeds go."""
+    found = [arms[arm]["series"][metric] for arms in data.values()]
+    return [sum(column) / len(column) for column in zip(*found)]
+
+
+def moving(values, window=5):
+    return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+
+
+def training(data, metrics, by_tokens=False):
+    """A panel a metric: means of five steps along the training, or over the tokens generated where arms differ in those,
+    with bands of 95% intervals over seeds."""
+    figure, axes = canvas(1, len(metrics), 5.4, 4.2)
+    for axis, metric in zip(axes[0], metrics):
+        for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
+            found = [arms[arm]["series"][metric] for arms in data.values()]
+            found = found if metric == "length_limit" else [moving(f) for f in found]
+            means, halves = zip(*(stats.interval(column) for column in zip(*found)))
+            xs, used = list(range(1, len(means) + 1)), 0.0
+            if by_tokens:
+                xs = [used := used + t / 1000 for t in series(data, arm, "tokens")]
+            axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle="--" if "equal tokens" in arm else "-")
+            if len(data) > 1:
+                band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
+                axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
+        axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "PPO step")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    return figure
+
+
+def controller(data, amplitudes):
+    """Left: limit and p_extend of the first seed's run, extensions and holds marked. Middle: limits of all arms. Right:
+    extensions of a replay under noise."""
+    figure, axes = canvas(1, 3, 5.4, 4.2)
+    left, middle, right = axes[0]
+    s = next(iter(data.values()))["default weights"]["series"]
+    steps = list(range(1, len(s["p_extend"]) + 1))
+    left.step(steps, s["length_limit"], where="post", color="tab:blue", label="limit, tokens")
+    left.set(title="default weights, one seed", xlabel="PPO step", ylabel="limit, tokens", ylim=(0, None))
+    other = left.twinx()
+    grown = [b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])] + [False]
+    for chosen, marker, colour, label in ((True, "^", "tab:green", "extended"), (False, "x", "tab:red", "held")):
+        points = [(n, p) for n, p, g in zip(steps, s["p_extend"], grown) if p > 0 and g == chosen]
+        other.plot(*(zip(*points) if points else ([], [])), marker, color=colour, label=label)
+    other.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
+    other.set(ylabel="p_extend (where the window is full)", ylim=(0, 1.02))
+    other.legend(loc="lower right", fontsize="small")
+    for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
+        limits = series(data, arm, "length_limit")
+        middle.plot(range(1, len(limits) + 1), limits, color=COLOURS[i], label=arm)
+    middle.set(title="limit, mean over seeds", xlabel="PPO step", ylim=(0, None))
+    middle.legend(fontsize="small")
+    for i, metric in enumerate(("extensions", "holds")):
+        found = [stats.interval(values(data, f"replay, noise {a}", metric)) for a in amplitudes]
+        bars = [0 if math.isnan(h) else h for _, h in found]
+        right.errorbar(
+            amplitudes, [m for m, _ in found], yerr=bars, fmt="o-", capsize=3, color=COLOURS[i], label=metric
+        )
+    right.set(
+        title="recorded run replayed with alternating noise", xlabel="noise, reference deviations of the mean reward"
+    )
+    right.legend(fontsize="small")
+    return figure
+
+
+def reward_data(data, sizes, flips):
+    """Left: accuracy and calibration over the number of pairs; right: over the share of flipped labels."""
+    figure, axes = canvas(1, 2, 6.0, 4.2)
+    everything = 5760  # nine tenths of the 6400 bundled pairs
+    left = [(n, f"{n} pairs") for n in sizes] + [(everything, "all pairs")]
+    right = [(0.0, "all pairs")] + [(f, f"{f:.0%} flipped") for f in flips]
+    for axis, places, label in ((axes[0][0], left, "training pairs"), (axes[0][1], right, "share of flipped labels")):
+        shown = {"accuracy": "held-out accuracy", "accuracy_cut": "without EOS", "calibration": "calibration gap"}
+        for i, (short, name) in enumerate(shown.items()):
+            metric = f"pairs_{short}"
+            found = [stats.interval(values(data, arm, metric)) for _, arm in places]
+            bars = [0 if math.isnan(h) else h for _, h in found]
+            axis.errorbar([x for x, _ in places], [m for m, _ in found], yerr=bars, fmt="o-", capsize=3,
+                          color=COLOURS[i], label=name)  # fmt: skip
+        axis.set(xlabel=label, ylim=(0, 1))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_xscale("log")
+    return figure
+
+
+# ---------------------------------------------------------------- the page
+
+
+HEAD = """# Evidence: the papers' claims as measured effects
+
+Mistral-Plus and Mistral-C2F claim much and ablate little. Each section below is a question that they leave open,
+answered on the bundled tiny world: a model of 1.2 million parameters, a checker that knows the truth, the same seeds
+for all arms. What holds here need not hold at seven billion parameters; what fails here is no general truth of its
+method.
+
+± is half a 95% interval over seeds (Student's t). A claim is judged by the differences seed by seed: it **holds**
+where their 95% interval excludes 0 on the claimed side, **fails** where it excludes an effect of the size named as
+mattering, and is **undecided** where it allows both. Nothing is corrected for the number of claims: of twenty that
+are false, one or less is expected to hold by chance. Claims that do not hold stand first.
+
+All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this
+page from bench/results/evidence by `python bench/experiments.py --report`.
+"""
+
+
+def section(number_, name, experiment, made, docs):
+    lines = [f"## {number_}. {experiment.title}", ""]
+    if made is None:
+        return "\n".join([*lines, experiment.about, "", f"Not run yet: `python bench/experiments.py {name}`.", ""])
+    data = made["seeds"]
+    order = ("fails", "undecided", "holds")
+    found = sorted(experiment.claims, key=lambda c: order.index(judged(c, data)[0]))
+    lines += [claim_line(claim, data) for claim in found]
+    words = experiment.words(data)
+    lines += ["", *([words, ""] if words else []), experiment.about, "", table(experiment, data), ""]
+    lines += [f"![{experiment.title}](evidence/{name}.png)", ""]
+    seeds = ", ".join(data)
+    lines += [f"`{made['command']}`, seeds {seeds}, {made['core_hours']} core hours with what it shares with others"
+              f" ({made['machine']['cpu']}, torch {made['machine']['torch']}), {made['made']}.", ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def overview(found):
+    """One line an experiment: how many of its claims hold, fail, are undecided."""
+    rows = ["| experiment | seeds | holds | fails | undecided |", "|---|---|---|---|---|"]
+    for i, (name, experiment, made) in enumerate(found, 1):
+        link = f"[{i}. {experiment.title}](#{anchor(i, experiment.title)})"
+        if made is None:
+            rows.append(f"| {link} | not run yet: `python bench/experiments.py {name}` | | | |")
+            continue
+        said = [judged(claim, made["seeds"])[0] for claim in experiment.claims]
+        rows.append(
+            f"| {link} | {len(made['seeds'])} | " + " | ".join(str(said.count(v)) for v in stats.VERDICTS) + " |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def anchor(i, title):
+    """GitHub's anchor of a heading."""
+    kept = "".join(c for c in f"{i}. {title}".lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def write(docs, results, experiments):
+    """EVIDENCE.md and evidence/NAME.png below `docs`."""
+    found = []
+    for name, experiment in experiments.items():
+        path = Path(results) / f"{name}.json"
+        found.append((name, experiment, json.loads(path.read_text()) if path.exists() else None))
+    folder = Path(docs) / "evidence"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, experiment, made in found:
+        if made:
+            draw(experiment, made["seeds"], folder / f"{name}.png")
+    parts = [HEAD, overview(found), *(section(i, *one, docs) for i, one in enumerate(found, 1))]
+    path = Path(docs) / "EVIDENCE.md"
+    path.write_text("\n".join(parts), encoding="utf-8")
+    print(path)
+
+
+def draw(experiment, data, path):
+    from matplotlib import pyplot as plt
+
+    figure = experiment.draw(data)
+    figure.suptitle(f"{experiment.title} ({len(data)} seeds; bars, bands: 95% intervals)", fontsize="medium")
+    temporary = path.with_suffix(".writing.png")
+    figure.savefig(temporary, dpi=90)
+    plt.close(figure)
+    temporary.replace(path)
