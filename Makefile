@@ -12,7 +12,7 @@ test: .venv/ready-dev
 test-real: .venv/ready-dev
 	$(VENV) -m pytest -m real
 
-# kills, a full disk, too little memory: about eight minutes
+# kills, a full disk, too little memory, several processes: about ten minutes
 test-faults: .venv/ready-dev
 	$(VENV) -m pytest -m faults
 
