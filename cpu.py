@@ -60,17 +60,22 @@ def linear(x, weight):
     return torch.mm(weight, pair.T).T[:rows].reshape(*x.shape[:-1], -1)
 
 
-@contextlib.contextmanager
-def decoding(layers, rows, steps):
-    """For `steps` steps of `rows` rows, while which the weights of `layers` must not change: they multiply with packed
-    copies of them where that pays, and on one thread where a product is over sooner than threads have met.
+def layers_of(model):
+    """The layers of a model that can be packed. Such a layer has `parts()`, linear layers whose outputs stand side by
+    side, and an attribute `packed`: None, or a copy of their `whole()` weights, which it then multiplies with."""
+    found = [m for m in (*model.modules(), *getattr(model, "trunk", model).modules()) if hasattr(m, "parts")]
+    inner = {part for layer in found for part in layer.parts() if part is not layer}
+    return [layer for layer in dict.fromkeys(found) if layer not in inner]
 
-    A layer has `parts()`, linear layers whose outputs stand side by side, and an attribute `packed`: None, or the copy
-    of their `whole()` weights."""
+
+@contextlib.contextmanager
+def decoding(model, rows, steps):
+    """For `steps` steps of `rows` rows, while which no weight of `model` may change: its layers multiply with packed
+    weights where that pays, and on one thread where a product is over sooner than threads have met."""
     threads, room = torch.get_num_threads(), MOST if rows > FEW and steps >= 16 else 0
-    sizes = {layer: sum(part.weight.numel() for part in layer.parts()) for layer in layers}
+    sizes = {layer: sum(part.weight.numel() for part in layer.parts()) for layer in layers_of(model)}
     try:
-        if layers[0].parts()[0].weight.device.type == "cpu" and rows * max(sizes.values()) < SMALL:
+        if model.device.type == "cpu" and rows * max(sizes.values(), default=0) < SMALL:
             torch.set_num_threads(1)
         for layer, size in sizes.items():
             parts = layer.parts()
@@ -81,5 +86,5 @@ def decoding(layers, rows, steps):
         yield
     finally:
         torch.set_num_threads(threads)
-        for layer in layers:
+        for layer in sizes:
             layer.packed = None

@@ -9,6 +9,7 @@ from copy import copy as shallow_copy
 import torch
 import torch.nn.functional as F
 
+import cpu
 from weights import InputError
 
 
@@ -279,8 +280,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     lengths = torch.full((B,), max_new_tokens, device=device)
     rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
     ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
-    with model.decoding(B, max_new_tokens):
-        logits = decoder.prefill(tokens, mask)
+    logits = decoder.prefill(tokens, mask)
+    with cpu.decoding(model, B, max_new_tokens):
         new = []  # (ids, logprobs) of the steps since `out` was last filled
         for t in range(max_new_tokens):
             new.append(sample(shape_logits(logits, temperature, forbid), temperature, top_p, generator))  # (b,) each

@@ -428,15 +428,6 @@ class Mistral(nn.Module):
 
     trunk = property(trunk_of)
 
-    def decoding(self, rows, steps):
-        """A context for `steps` decoding steps of `rows` rows, in which no weight changes: see cpu.py."""
-        if isinstance(self.model, Shared):
-            self.trunk.use(self.model.adapter)
-        parts = [*self.trunk.modules(), self.lm_head]
-        joined = {layer for part in parts if isinstance(part, Joint) for layer in part.joined()}
-        layers = [part for part in parts if isinstance(part, (Joint, Linear)) and part not in joined]
-        return cpu.decoding(layers, rows, steps)
-
     @property
     def device(self):
         return self.lm_head.weight.device
