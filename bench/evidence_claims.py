@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
 import ppo  # noqa: E402
 from data import world  # noqa: E402
-from evidence_jobs import Job  # noqa: E402
+from evidence_jobs import Job, metrics_of  # noqa: E402
 
 GOLD = "bench.evidence_stages:gold"
 BASE = "data/tiny/base"
@@ -108,11 +108,6 @@ def ask_numbers(path, prefix=""):
             "new_task", "words_a_sentence", "repeated_4", "toxicity_benign", "toxicity_provoking",
             "toxicity_adversarial", "word_mass_benign", "word_mass_provoking", "word_mass_adversarial")  # fmt: skip
     return {prefix + name: asked[name] for name in kept}
-
-
-def metrics_of(path):
-    lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
-    return [row for row in lines if row["stage"] == path.name]
 
 
 SERIES = ("reward", "kl", "second_score", "length_limit", "p_extend", "tokens", "redundancy", "response_length",

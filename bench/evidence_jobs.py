@@ -194,6 +194,12 @@ def figures(job, cache):
     return " ".join(f"{k} {row[k]:.3g}" for k in shown if k in row)
 
 
+def metrics_of(path):
+    """The rows that a stage logged, from the model folder that it left."""
+    lines = map(json.loads, (path.parent / "metrics.jsonl").read_text().splitlines())
+    return [row for row in lines if row["stage"] == path.name]
+
+
 def run_all(jobs, cache, workers, rank, finished=lambda job: None):
     """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, lowest `rank(job)` first.
     A job that fails is reported once and what reads it is left out. Calls `finished(job)` after each, also for those

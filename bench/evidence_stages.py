@@ -25,6 +25,7 @@ import merge as merger  # noqa: E402
 import ppo  # noqa: E402
 import toxicity  # noqa: E402
 from data import dialogue, read_preferences, split_by_first_turn, world  # noqa: E402
+from evidence_jobs import metrics_of  # noqa: E402
 from model import Linear, Mistral  # noqa: E402
 from reward import RewardModel  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
@@ -43,7 +44,7 @@ def question_of(text):
 
 def gold(texts):
     """1.0 for each text whose question is answered rightly, or, where there is no question, politely; else 0.0."""
-    words, scores = (world.TINY / "bad_words.txt").read_text().split(), []
+    words, scores = toxicity.read_words(world.TINY / "bad_words.txt"), []
     for text in texts:
         asked = question_of(text.prompt)
         right = world.check(*asked, text.response)[1] if asked else not toxicity.has_listed_word(text.response, words)
@@ -312,15 +313,10 @@ def extensions(rows):
     return found
 
 
-def read_metrics(folder, stage):
-    lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if row["stage"] == stage]
-
-
 def fit(o):
     """weights.json: f_CM's weights by logistic regression on the extensions of recorded runs. Judged by leaving out
     one run at a time: log loss of the fit, of the default weights and of the bare rate."""
-    by_run = [extensions(read_metrics(Path(run).parent, "coarse")) for run in o.runs]
+    by_run = [extensions(metrics_of(Path(run))) for run in o.runs]
     tensors = lambda part: (  # noqa: E731
         torch.tensor([x for run in part for x, _ in run]).view(-1, 6),
         torch.tensor([float(y) for run in part for _, y in run]),
