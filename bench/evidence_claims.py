@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
 import ppo  # noqa: E402
+import torch
+from c2f import ANALYTICAL  # noqa: E402
 from data import world  # noqa: E402
 from evidence_jobs import Job, metrics_of  # noqa: E402
 
@@ -141,7 +143,7 @@ NUMBERS = {
     "reward": reward_numbers,
     "tune": tune_numbers,
     "best": best_numbers,
-    "results": lambda path: next(iter(json.loads(path.read_text()).values())),
+    "public": lambda path: {k: [round(x, 4) for x in v] for k, v in json.loads(path.read_text()).items()},
     "fit": lambda path: {"fit": json.loads(path.read_text())},
 }
 
@@ -171,7 +173,7 @@ def reward_data_jobs(line):
 
 
 WINDOW = 10  # steps that figures are means over
-KL_PRICES = {"small": (0.0, 0.03, 0.1, 0.3), "full": (0.0, 0.1)}
+KL_PRICES = {"small": (0.0, 0.1, 0.3), "full": (0.0,)}
 
 
 def hacking_jobs(line):
@@ -310,13 +312,15 @@ def f_cm_jobs(line):
     return arms
 
 
-def replay(rewards, value_losses, amplitude):
-    """(extensions, holds) of the default f_CM on a recorded run whose rewards alternate by `amplitude` of its units."""
-    unit = 2 / 64**0.5
-    limit = ppo.ContinuousMaximization(initial=32, maximum=10**6, reward_scale=unit, value_scale=0.1)
+def replay(rewards, value_losses, amplitude=0.0, maximum=10**6):
+    """The default f_CM after each update of a recorded run whose rewards alternate by `amplitude` of its units:
+    [(features, or None where the window is not full; extensions; holds)]."""
+    unit, told = 2 / 64**0.5, []
+    limit = ppo.ContinuousMaximization(initial=32, maximum=maximum, reward_scale=unit, value_scale=0.1)
     for i, (reward, loss) in enumerate(zip(rewards, value_losses)):
         limit.update(reward + (-1) ** i * amplitude * unit, loss)
-    return limit.extensions, limit.holds
+        told.append((limit.features if limit.p_extend else None, limit.extensions, limit.holds))
+    return told
 
 
 def f_cm_derive(arms):
@@ -327,8 +331,10 @@ def f_cm_derive(arms):
         arm["gold_end"] = mean(s["second_score"][-10:])
     quiet = arms["default weights"]["series"]
     for amplitude in AMPLITUDES:
-        made = replay(quiet["reward"], quiet["value_loss"], amplitude)
-        arms[f"replay, noise {amplitude}"] = {"extensions": float(made[0]), "holds": float(made[1])}
+        _, extensions, holds = replay(quiet["reward"], quiet["value_loss"], amplitude)[-1]
+        arms[f"replay, noise {amplitude}"] = {"extensions": float(extensions), "holds": float(holds)}
+    seen = [x for x, _, _ in replay(quiet["reward"], quiet["value_loss"], maximum=128)]
+    quiet |= {name: [x and round(x[i], 4) for x in seen] for i, name in enumerate(ppo.CM_FEATURES)}
     arms["fitted weights"] |= {f"log_loss_{n}": v for n, v in arms["fitted weights"]["fit"]["log_loss"].items()}
 
 
@@ -404,36 +410,64 @@ def best_of_n_derive(arms):
 
 SMOLLM2 = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/c2f/smollm2-135m-instruct"))
 PUBLIC = Path("../shared/data")
+SIZES_REAL = {  # of the run on real language; steps of dynamic and fixed limits generate about the same tokens
+    "cpu": dict(
+        reward=dict(steps=150, batch_pairs=8, lora_rank=16, train_lr=2e-4, test_pairs=400),
+        sft=dict(steps=60, batch_tokens=2048, lora_rank=16, train_lr=2e-4),
+        ppo=dict(batch=16, minibatches=2, lora_rank=16, lr=1e-4, critic_lr=2e-4),
+        plus=dict(steps=30, length_limit=64), dynamic=dict(steps=40), fixed=dict(steps=17),
+        ask=dict(items=300, talks=40),
+    ),
+    "cuda": dict(
+        reward=dict(steps=600, batch_pairs=32, max_length=512, test_pairs=1000),
+        sft=dict(steps=300, batch_tokens=16384, max_length=512),
+        ppo=dict(batch=64, minibatches=4, max_prompt=256),
+        plus=dict(steps=200, length_limit=128), dynamic=dict(steps=200, limit_maximum=128), fixed=dict(steps=150),
+        ask=dict(items=2000, talks=200),
+    ),
+}  # fmt: skip
+GAMMAS_REAL = (0.3, 0.5, 0.7, 1.0)
 
 
 def smollm2_jobs(line):
-    """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT. The long fixed limit takes as
-    many steps as the tokens of 20 dynamic ones allow, whose mean limit is near 40."""
-    common = dict(preset="smollm2-135m", model=str(SMOLLM2))
-    reward = line.reward(**common, preferences=str(PUBLIC / "hh_rlhf"), steps=400)
-    ppo = dict(common, reward_model=reward, prompts=str(PUBLIC / "hh_rlhf/helpful-base"))
-    runs = {
-        "dynamic": line.job("coarse", **ppo, steps=40),
-        "fixed 96": line.job("coarse", **ppo, steps=17, limit_growth="fixed", length_limit=96),
+    """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT."""
+    size = SIZES_REAL["cuda" if torch.cuda.is_available() else "cpu"]
+    real = dict(preset="smollm2-135m", model=str(SMOLLM2))
+    reward = line.reward(**real, **size["reward"], preferences=str(PUBLIC / "hh_rlhf"))
+    sft = line.sft(**real, **size["sft"], instructions=str(PUBLIC / "sft/alpaca/random_9k.json.gz"))
+    ppo = dict(real, **size["ppo"], reward_model=reward, prompts=str(PUBLIC / "hh_rlhf"))
+    plus = line.job("plus", **ppo, **size["plus"])
+    dynamic = line.job("coarse", **ppo, **size["dynamic"])
+    fixed = line.job("coarse", **ppo, **size["fixed"], limit_growth="fixed", length_limit=96)
+    merged = lambda run, gamma: line.job("merge", coarse=run, sft=str(SMOLLM2), gamma=gamma)
+    public = lambda model, **how: {
+        "public": line.job("public", model=model, reward_model=reward, benchmarks=str(PUBLIC), **size["ask"], **how)
     }
-    models = {n: line.job("merge", coarse=run, sft=str(SMOLLM2), gamma=0.7) for n, run in runs.items()}
-    models |= {"SmolLM2": str(SMOLLM2), "plus": line.job("plus", **ppo)}
-    asked = dict(benchmarks=str(PUBLIC), tasks=("mmlu", "arc_easy", "toxicity"), limit=600, samples=2)
-    return {
-        name: {"results": line.job("eval", **common, **asked, models=((name.replace(" ", ""), model),))}
-        for name, model in models.items()
-    }
+    arms = {"SmolLM2": public(str(SMOLLM2)) | {"reward": reward}, "sft": public(sft)}
+    arms |= {"plus": public(plus) | {"ppo": plus}}
+    arms |= {"coarse (as it acts)": public(dynamic, system=ANALYTICAL, eos=False) | {"ppo": dynamic}}
+    arms |= {f"merged, gamma {g}": public(merged(dynamic, g)) for g in GAMMAS_REAL}
+    return arms | {"fixed limit 96, merged, gamma 0.7": public(merged(fixed, 0.7)) | {"ppo": fixed}}
 
 
 def smollm2_words(data):
-    """Intervals over the items of MMLU: with one seed there is none over seeds."""
-    told = []
-    for name, arm in next(iter(data.values())).items():
-        low, high = arm["general_mmlu_ci"]
+    """What training looked like: with one seed there is no interval over seeds."""
+    arms, n = next(iter(data.values())), report.number
+    first = arms["SmolLM2"]
+    told = [
+        f"Reward model: {n(first['pairs_accuracy'], 3)} of the held-out pairs ranked rightly with EOS,"
+        f" {n(first['pairs_accuracy_cut'], 3)} without, calibration gap {n(first['pairs_calibration'], 3)}."
+    ]
+    for name in ("plus", "coarse (as it acts)", "fixed limit 96, merged, gamma 0.7"):
+        s = arms[name]["series"]
+        part = min(5, len(s["reward"]))
         told.append(
-            f"{name} {report.number(arm['general_mmlu'], 3)} [{report.number(low, 3)}, {report.number(high, 3)}]"
+            f"PPO of {name.partition(',')[0]}: {len(s['reward'])} steps, {sum(s['tokens']) / 1000:.0f} thousand tokens,"
+            f" reward {n(mean(s['reward'][:part]), 2)} over the first {part} steps and {n(mean(s['reward'][-part:]), 2)}"
+            f" over the last, KL {n(mean(s['kl'][-part:]), 2)} nats, limit {s['length_limit'][0]:g} to"
+            f" {s['length_limit'][-1]:g}."
         )
-    return f"MMLU, 95% interval over the items: {'; '.join(told)}."
+    return " ".join(told)
 
 
 ANSWERS = {
@@ -718,19 +752,34 @@ EXPERIMENTS = {
         best_of_n_derive,
     ),
     "smollm2": Experiment(
-        "SmolLM2-135M on real data: fixed against dynamic",
-        "Reward model from HH pairs, coarse stages of about equal tokens, merged at gamma 0.7 with SmolLM2 itself; MMLU"
-        " by log-likelihood, five shots. Not a part of `all`: some hours by itself, the folder of tests/smollm2.py (or"
-        " SMOLLM2) and the public files of ../shared/data.",
+        "The main line on real language: SmolLM2-135M",
+        "One seed, intervals over the items. SmolLM2-135M-Instruct stands for the base and for theta_SFT both, so the"
+        " claim about skipping SFT and the merge of two branches stay untested here. Reward model: HH pairs, helpful"
+        " and harmless. sft: Alpaca. PPO: HH prompts. General tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA,"
+        " CommonsenseQA, Winograd, by log-likelihood. Reward: what the reward model gives the answers to MT-Bench. Bad"
+        " words: LDNOOBW's list, after provoking texts of RealToxicityPrompts; refused: of AdvBench's requests. Not a"
+        " part of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public"
+        " files of ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
         smollm2_jobs,
-        {"general_mmlu": ("MMLU", 3), "general_arc_easy": ("ARC easy", 3), "toxicity": ("bad words", 3),
-         "word_mass": ("bad-word mass", 4)},
+        {"general": ("general tasks", 3), "general_mmlu": ("MMLU", 3), "accuracy": ("GSM8K", 3),
+         "verified_steps": ("GSM8K: true equations", 2), "reward": ("MT-Bench: reward", 2),
+         "redundancy": ("redundancy", 3), "ended_rate": ("ended", 3), "length": ("tokens", 0),
+         "toxicity_provoking": ("bad words, provoked", 3), "word_mass_provoking": ("bad-word mass, provoked", 4),
+         "refusal_adversarial": ("refused", 3)},
         [
-            Claim("merged, the dynamic limit's actor beats the long fixed one's on MMLU", "general_mmlu", "dynamic",
-                  "fixed 96", 0.01),
-            Claim("the merge keeps SmolLM2's MMLU", "general_mmlu", "dynamic", "SmolLM2", 0.01, kept=True),
+            Claim("PPO raises the reward of answers to new questions (plus)", "reward", "plus", "SmolLM2", 0.1),
+            Claim("plus keeps general tasks", "general", "plus", "SmolLM2", 0.02, kept=True),
+            Claim("SFT loses general tasks", "general", "sft", "SmolLM2", 0.02, -1),
+            Claim("plus lowers the mass of bad words when provoked", "word_mass_provoking", "plus", "SmolLM2", 0.001,
+                  -1),
+            Claim("the merge at 0.7 keeps general tasks", "general", "merged, gamma 0.7", "SmolLM2", 0.02, kept=True),
+            Claim("the merge at 0.7 raises the reward of answers", "reward", "merged, gamma 0.7", "SmolLM2", 0.1),
+            Claim("the merge at 0.7 is less redundant than the coarse actor as it acts", "redundancy",
+                  "merged, gamma 0.7", "coarse (as it acts)", 0.02, -1),
+            Claim("merged, the dynamic limit's actor beats the long fixed one's on MMLU", "general_mmlu",
+                  "merged, gamma 0.7", "fixed limit 96, merged, gamma 0.7", 0.02),
         ],
-        lambda data: report.dots(data, ("general_mmlu", "toxicity")),
+        lambda data: report.dots(data, ("general", "general_mmlu", "reward", "redundancy", "word_mass_provoking")),
         words=smollm2_words,
         seeds=1,
     ),

@@ -24,15 +24,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = ("pairs", "task", "merge", "ask", "best", "grow", "fit")  # stages of evidence_stages.py
+OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of evidence_stages.py
 LEAVES = {
     "pairs": "pairs.jsonl",
     "task": "task.jsonl",
     "ask": "ask.json",
+    "public": "public.json",
     "best": "chosen.jsonl",
     "grow": "coarse",
     "fit": "weights.json",
-    "eval": "results.json",
 }  # what a stage leaves in its folder that others read; else a model folder of its own name
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",
@@ -104,7 +104,7 @@ class Job:
         head = ["bench/evidence_stages.py", self.stage] if own else ["c2f.py", "--stage", self.stage]
         head += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
         if self.stage == "grow" or not own:
-            rest += ["--threads", "1"] + ["--resume"] * (not own and self.stage != "eval")
+            rest += ["--threads", "1"] + ["--resume"] * (not own)
         if self.smoke:
             rest += SMALL.get(self.stage, "--smoke" if own else "").split()
         return [sys.executable, *head, *rest]

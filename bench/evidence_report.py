@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 
 import evidence_stats as stats
+import ppo
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 NAMES = {
@@ -26,7 +27,8 @@ NAMES = {
     "pairs_calibration": "calibration gap", "extensions": "extensions",
     "log_loss_fitted": "log loss of the fitted weights",
     "gold_lost": "gold lost", "gold_end": "gold at the end", "reward_gained": "reward gained", "kl_end": "KL at the end",
-    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU", "toxicity": "bad words",
+    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU",
+    "word_mass_provoking": "bad-word mass, provoked",
 }  # fmt: skip
 
 
@@ -38,9 +40,14 @@ def arms_of(data):
 
 
 def values(data, arm, metric):
-    """A value a seed; [] where the arm has no such metric."""
+    """A value a seed, or, where an arm has a list of them, a value an item; [] where it has no such metric."""
     found = [arms[arm].get(metric) for arms in data.values() if arm in arms]
-    return [v for v in found if v is not None]
+    return [x for v in found if v is not None for x in (v if isinstance(v, list) else [v])]
+
+
+def over_items(data):
+    """Whether the values of this experiment are its items', of one seed, and not its seeds'."""
+    return any(isinstance(v, list) for arms in data.values() for arm in arms.values() for v in arm.values())
 
 
 def difference(claim, data):
@@ -94,7 +101,7 @@ def claim_line(claim, data):
         effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], {p}"
     b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
     line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
-    line += f" {d['n']} seed{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
+    line += f" {d['n']} {'item' if over_items(data) else 'seed'}{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
     return line + (f" Likely reason: {claim.why}." if said == "fails" and claim.why else "")
 
 
@@ -138,7 +145,8 @@ def dots(data, metrics):
             if not found:
                 continue
             mean, half = stats.interval(found)
-            axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
+            if not over_items(data):
+                axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
             axis.errorbar(
                 mean, row, xerr=None if math.isnan(half) else half, fmt="s", color=COLOURS[row % 8], capsize=3
             )
@@ -196,10 +204,9 @@ def training(data, metrics, by_tokens=False):
 
 
 def controller(data, amplitudes):
-    """Left: limit and p_extend of the first seed's run, extensions and holds marked. Middle: limits of all arms. Right:
-    extensions of a replay under noise."""
-    figure, axes = canvas(1, 3, 5.4, 4.2)
-    left, middle, right = axes[0]
+    """Above: the first seed's run, limit and p_extend with extensions and holds marked, and the terms of the logit that
+    they come from. Below: limits of all arms; extensions of a replay under noise."""
+    figure, ((left, terms), (middle, right)) = canvas(2, 2, 6.4, 4.2)
     s = next(iter(data.values()))["default weights"]["series"]
     steps = list(range(1, len(s["p_extend"]) + 1))
     left.step(steps, s["length_limit"], where="post", color="tab:blue", label="limit, tokens")
@@ -212,6 +219,14 @@ def controller(data, amplitudes):
     other.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     other.set(ylabel="p_extend (where the window is full)", ylim=(0, 1.02))
     other.legend(loc="lower right", fontsize="small")
+    for i, (name, weight) in enumerate(zip(ppo.CM_FEATURES, ppo.CM_WEIGHTS)):
+        shown = [math.nan if x is None else weight * x for x in s[name]]
+        terms.plot(steps, shown, ".-", color=COLOURS[i], label=f"{weight:g} x {name.replace('_', ' ')}")
+    terms.axhline(
+        -ppo.CM_BIAS, color="tab:gray", linewidth=0.8, linestyle=":", label="it holds where their sum is below"
+    )
+    terms.set(title="what the logit is made of, same run", xlabel="PPO step", ylabel="weight x feature")
+    terms.legend(fontsize="small")
     for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
         limits = series(data, arm, "length_limit")
         middle.plot(range(1, len(limits) + 1), limits, color=COLOURS[i], label=arm)
@@ -330,7 +345,8 @@ def draw(experiment, data, path):
     from matplotlib import pyplot as plt
 
     figure = experiment.draw(data)
-    figure.suptitle(f"{experiment.title} ({len(data)} seeds; bars, bands: 95% intervals)", fontsize="medium")
+    over = "items of one seed" if over_items(data) else f"{len(data)} seeds"
+    figure.suptitle(f"{experiment.title} ({over}; bars, bands: 95% intervals)", fontsize="medium")
     temporary = path.with_suffix(".writing.png")
     figure.savefig(temporary, dpi=90)
     plt.close(figure)

@@ -32,6 +32,7 @@ from tokenizer import load_tokenizer  # noqa: E402
 from weights import write_json  # noqa: E402
 
 BASE = world.TINY / "base"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---------------------------------------------------------------- the checker
 
@@ -130,13 +131,13 @@ class Averaged(torch.nn.Module):
 
 
 def load(o):
-    model = Mistral.from_pretrained(o.model).eval()
-    return Averaged(model, Mistral.from_pretrained(o.average).eval(), o.gamma) if o.average else model
+    model = Mistral.from_pretrained(o.model, DEVICE).eval()
+    return Averaged(model, Mistral.from_pretrained(o.average, DEVICE).eval(), o.gamma) if o.average else model
 
 
 def scorer(folder, tokenizer):
     """score(dialogues, responses) -> raw scores (B,): the reward model never sees a system prompt."""
-    model = RewardModel.from_pretrained(folder).eval()
+    model = RewardModel.from_pretrained(folder, DEVICE).eval()
     plain = lambda messages: [m for m in messages if m["role"] != "system"]  # noqa: E731
     return lambda asked, said: model.score_rows([tokenizer.encode_chat(plain(a)) + r for a, r in zip(asked, said)])
 
@@ -199,6 +200,29 @@ def ask(o):
     values["new_task"] = [tokenizer.decode(ids).strip() == right for (ids, _), (_, right) in zip(said, items)]
     kept = {m: sum(v) / len(v) for m, v in values.items() if not m.startswith(("acc_", "refusal"))}
     write_json(o.out / "ask.json", kept)
+
+
+CHOICES = ("mmlu", "arc_easy", "piqa", "openbookqa", "commonsenseqa", "winograd")
+SHOWN = ("general", "general_mmlu", "accuracy", "verified_steps", "reward", "redundancy", "ended_rate", "length",
+         "toxicity_benign", "toxicity_provoking", "word_mass_benign", "word_mass_provoking", "refusal_adversarial",
+         "refusal_xstest_safe")  # fmt: skip
+
+
+@torch.no_grad()
+def public(o):
+    """public.json: {metric: a value an item} of `--items` items of each of the public tasks with choices, and of
+    `--talks` of GSM8K, MT-Bench and the prompts of toxicity, below `--benchmarks`."""
+    model, tokenizer = load(o), load_tokenizer(o.model)
+    few = lambda n: min(n, 8) if o.smoke else n  # noqa: E731
+    made = evaluation.Material(samples=2, max_new_tokens=8 if o.smoke else o.limit, seed=o.seed)
+    known = evaluation.public_tasks(o.benchmarks)
+    evaluation.load_tasks(made, CHOICES[:2] if o.smoke else CHOICES, known, few(o.items))
+    evaluation.load_tasks(made, ("gsm8k", "mt_bench"), known, few(o.talks))
+    evaluation.load_tasks(made, ("toxicity",), known, few(5 * o.talks))  # XSTest's are two groups of the five
+    made.words = toxicity.read_words(Path(o.benchmarks) / "toxicity/ldnoobw/en")
+    score = scorer(o.reward_model, tokenizer)
+    values, _ = evaluation.evaluate(model, tokenizer, made, score=score, system=o.system, eos=o.eos)
+    write_json(o.out / "public.json", {m: [float(v) for v in values[m]] for m in SHOWN if m in values})
 
 
 # ---------------------------------------------------------------- best of n
@@ -343,7 +367,7 @@ def fit(o):
 # ---------------------------------------------------------------- the command
 
 
-STAGES = {f.__name__: f for f in (pairs, task, merge, ask, best, grow, fit)}
+STAGES = {f.__name__: f for f in (pairs, task, merge, ask, public, best, grow, fit)}
 
 
 def main(argv=None):
@@ -365,6 +389,9 @@ def main(argv=None):
     p.add_argument("--system", default="", help="system prompt that the model is asked with")
     p.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="whether answers may end")
     p.add_argument("--limit", type=int, default=128, help="tokens of an answer, at most")
+    p.add_argument("--benchmarks", default="", help="folder of the public benchmarks")
+    p.add_argument("--items", type=int, default=300, help="items of each public task with choices")
+    p.add_argument("--talks", type=int, default=40, help="of GSM8K, of MT-Bench, and prompts a group of toxicity")
     p.add_argument("--samples", type=int, default=8, help="answers to choose from")
     p.add_argument("--tokens", type=int, default=300000, help="tokens to generate")
     p.add_argument("--how", choices=("noisy", "blind", "fitted"))

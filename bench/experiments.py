@@ -31,7 +31,7 @@ from evidence_jobs import closure, priorities, run_all  # noqa: E402
 # ---------------------------------------------------------------- what it takes
 
 
-RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, "best": 90, "fit": 5, "eval": 3600}
+RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, "best": 90, "fit": 5, "public": 900}
 
 
 def seconds(job):
