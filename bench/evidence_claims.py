@@ -118,7 +118,7 @@ SERIES = ("reward", "kl", "second_score", "length_limit", "p_extend", "tokens", 
 
 def ppo_numbers(path):
     rows = metrics_of(path)
-    return {"series": {name: [round(r[name] or 0.0, 5) for r in rows] for name in SERIES}}
+    return {"series": {name: [round(r.get(name) or 0.0, 5) for r in rows] for name in SERIES}}
 
 
 def reward_numbers(path):
@@ -128,7 +128,7 @@ def reward_numbers(path):
 
 def tune_numbers(path):
     losses = [r["loss"] for r in metrics_of(path)]
-    return {"mean_loss": sum(losses) / len(losses), "losses": losses}
+    return {"mean_loss": sum(losses) / len(losses), "series": {"loss": [round(x, 4) for x in losses]}}
 
 
 def best_numbers(path):
@@ -143,7 +143,7 @@ NUMBERS = {
     "reward": reward_numbers,
     "tune": tune_numbers,
     "best": best_numbers,
-    "public": lambda path: {k: [round(x, 4) for x in v] for k, v in json.loads(path.read_text()).items()},
+    "public": lambda path: {k: [round(x, 6) for x in v] for k, v in json.loads(path.read_text()).items()},
     "fit": lambda path: {"fit": json.loads(path.read_text())},
 }
 
@@ -197,15 +197,31 @@ def hacking_across(seeds):
             for metric, short in (("reward", "reward"), ("kl", "kl"), ("second_score", "gold")):
                 values = smoothed(arm["series"][metric], WINDOW)
                 arm |= {f"{short}_end": values[-1], f"{short}_top": values[top]}
-            arm |= {"gold_lost": arm["gold_top"] - arm["gold_end"], "top_step": top + 1,
-                    "reward_gained": arm["reward_end"] - arm["reward_top"]}  # fmt: skip
+            arm["gold_lost"] = arm["gold_top"] - arm["gold_end"]
+            arm["reward_gained"] = arm["reward_end"] - arm["reward_top"]
+
+
+def hacking_words(data):
+    """Where the mean over seeds of gold stands highest, arm by arm: a curve's place, which has no interval."""
+    told = []
+    for name in report.arms_of(data):
+        gold = smoothed(report.series(data, name, "second_score"), WINDOW)
+        kl = smoothed(report.series(data, name, "kl"), WINDOW)
+        top = max(range(WINDOW - 1, len(gold)), key=lambda i: gold[i], default=len(gold) - 1)
+        where = "at the end" if top == len(gold) - 1 else f"at step {top + 1}, KL {kl[top]:.2f} nats"
+        told.append(f"{name}: {where} ({gold[top]:.3f}, then {gold[-1]:.3f})")
+    return f"Where the mean over seeds of gold is highest, and what is left of it: {'; '.join(told)}."
 
 
 def toxicity_jobs(line):
     only = lambda kind: line.reward(preferences=f"data/tiny/preferences/{kind}.jsonl")
     arms = {"base": BASE, "sft": line.sft(), "plus": line.plus()}
     arms = {name: {"ask": line.ask(model)} for name, model in arms.items()}
-    arms |= {"coarse": {"ask": line.ask_coarse(line.coarse())}, "fine": {"ask": line.ask(line.merged(line.coarse()))}}
+    arms |= {
+        "coarse (as it acts)": {"ask": line.ask_coarse(line.coarse())},
+        "fine": {"ask": line.ask(line.merged(line.coarse()))},
+        "coarse with EOS restored": {"ask": line.ask(line.merged(line.coarse(), 1.0))},
+    }
     return arms | {
         f"plus, {kind} pairs alone": {"ask": line.ask(line.plus(reward_model=only(kind)))}
         for kind in ("helpful", "harmless")
@@ -246,53 +262,52 @@ def concise_derive(arms):
         arm["top_kl"] = max(arm["series"]["kl"])
 
 
+def stepped(line):
+    """8 tokens more every 8 steps, 32 to 88: over COARSE_STEPS a mean limit of 58, so as many tokens as the dynamic one
+    in as many updates."""
+    return line.coarse(limit_growth="stepped", limit_step=8)
+
+
 def limit_growth_jobs(line):
     fixed = lambda limit, **more: line.coarse(limit_growth="fixed", length_limit=limit, **more)
     steps = lambda limit: round(COARSE_STEPS * MEAN_LIMIT / limit)
     runs = {
-        "dynamic": (line.coarse(), 128),
-        "stepped": (line.coarse(limit_growth="stepped"), 128),
-        "fixed 32": (fixed(32), 32),
-        "fixed 128": (fixed(128), 128),
-        "fixed 32, equal tokens": (fixed(32, steps=steps(32)), 32),
-        "fixed 128, equal tokens": (fixed(128, steps=steps(128)), 128),
+        "dynamic": line.coarse(),
+        "stepped": stepped(line),
+        "fixed 32": fixed(32),
+        "fixed 128": fixed(128),
+        "fixed 32, equal tokens": fixed(32, steps=steps(32)),
+        "fixed 128, equal tokens": fixed(128, steps=steps(128)),
     }
     return {
-        name: {"ppo": run, "ask": line.ask_coarse(run, limit), "fine": line.ask(line.merged(run))}
-        for name, (run, limit) in runs.items()
+        name: {"ppo": run, "ask": line.ask_coarse(run), "fine": line.ask(line.merged(run))}
+        for name, run in runs.items()
     }
 
 
-LEVELS = (0.8, 0.9)
+LEVELS = (0.7, 0.8, 0.9)
 
 
 def limit_growth_derive(arms):
-    """Tokens (thousands) until the smoothed score of the checker reaches a level; those of the whole run where it never
-    does, which is less than it would take."""
+    """Tokens (thousands) until the smoothed score of the checker reaches a level; where it never does, those of the
+    longest run of all arms: no arm is better for having stopped early."""
     for arm in arms.values():
-        s, used, at = arm["series"], [], 0
-        for tokens in s["tokens"]:
-            used.append(at := at + tokens / 1000)
-        gold = smoothed(s["second_score"])
-        arm["ktokens"] = used[-1]
+        arm["ktokens"] = sum(arm["series"]["tokens"]) / 1000
+    most = max(arm["ktokens"] for arm in arms.values())
+    for arm in arms.values():
+        gold = smoothed(arm["series"]["second_score"])
         for level in LEVELS:
             reached = next((i for i, g in enumerate(gold) if g >= level), None)
-            arm[f"ktokens_to_{level}"] = used[-1 if reached is None else reached]
-            arm[f"reaches_{level}"] = float(reached is not None)
+            used = most if reached is None else sum(arm["series"]["tokens"][: reached + 1]) / 1000
+            arm |= {f"ktokens_to_{level}": used, f"reaches_{level}": float(reached is not None)}
 
 
 AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0)  # in reference deviations of the mean reward (f_CM's unit)
 
 
 def recorded(line):
-    """The runs that f_CM's weights are fitted on: those of the other seeds."""
-    return tuple(
-        run
-        for seed in line.seeds
-        if seed != line.seed or len(line.seeds) == 1
-        for other in (line.other(seed),)
-        for run in (other.coarse(), blind(other), other.coarse(limit_growth="stepped"))
-    )
+    """A seed's runs with a growing limit."""
+    return (line.coarse(), blind(line), stepped(line))
 
 
 def blind(line):
@@ -300,14 +315,15 @@ def blind(line):
 
 
 def f_cm_jobs(line):
-    fit = line.job("fit", runs=recorded(line))
+    others = [line.other(seed) for seed in line.seeds if seed != line.seed] or [line]
+    fit = line.job("fit", runs=tuple(run for other in others for run in recorded(other)), test_runs=recorded(line))
     runs = {
         "default weights": line.coarse(),
         "oscillating reward": line.ppo("grow", how="noisy", amplitude=0.5),
         "fitted weights": line.ppo("grow", how="fitted", weights=fit),
         "blind growth": blind(line),
     }
-    arms = {n: {"ppo": r, "ask": line.ask_coarse(r)} for n, r in runs.items()}
+    arms = {n: {"ppo": r, "ask": line.ask_coarse(r), "fine": line.ask(line.merged(r))} for n, r in runs.items()}
     arms["fitted weights"]["fit"] = fit
     return arms
 
@@ -329,6 +345,7 @@ def f_cm_derive(arms):
         arm["extensions"] = float(sum(b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])))
         arm["last_limit"] = s["length_limit"][-1]
         arm["gold_end"] = mean(s["second_score"][-10:])
+        arm["ktokens"] = sum(s["tokens"]) / 1000
     quiet = arms["default weights"]["series"]
     for amplitude in AMPLITUDES:
         _, extensions, holds = replay(quiet["reward"], quiet["value_loss"], amplitude)[-1]
@@ -336,6 +353,20 @@ def f_cm_derive(arms):
     seen = [x for x, _, _ in replay(quiet["reward"], quiet["value_loss"], maximum=128)]
     quiet |= {name: [x and round(x[i], 4) for x in seen] for i, name in enumerate(ppo.CM_FEATURES)}
     arms["fitted weights"] |= {f"log_loss_{n}": v for n, v in arms["fitted weights"]["fit"]["log_loss"].items()}
+
+
+def f_cm_words(data):
+    """What the fit found, from the fits of all seeds."""
+    fits, n = [arms["fitted weights"]["fit"] for arms in data.values()], report.number
+    losses = {k: mean([f["log_loss"][k] for f in fits]) for k in ("fitted", "default", "rate")}
+    spread = lambda xs: f"{n(mean(xs), 2)} ({n(min(xs), 2)} to {n(max(xs), 2)})"  # noqa: E731
+    weights = "; ".join(f"{name} {spread([f['weights'][i] for f in fits])}" for i, name in enumerate(ppo.CM_FEATURES))
+    return (
+        f"A fit sees {mean([f['extensions'] for f in fits]):.0f} extensions of the other seeds, of which"
+        f" {mean([f['recovered'] for f in fits]):.0%} recovered. Its weights, mean and range over the fits: {weights};"
+        f" bias {spread([f['bias'] for f in fits])}. Log loss on the seed's own extensions: fitted"
+        f" {n(losses['fitted'], 3)}, default {n(losses['default'], 3)}, the bare rate {n(losses['rate'], 3)}."
+    )
 
 
 def coarse_form_jobs(line):
@@ -382,8 +413,13 @@ def extreme_jobs(line):
         how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=12)
         run = line.coarse(**how)
         fine = line.ask(line.merged(run), limit=256)
-        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run, limit), "fine": fine}
+        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run), "fine": fine}
     return arms
+
+
+def extreme_derive(arms):
+    for arm in arms.values():
+        arm["acting_redundancy"] = mean(arm["series"]["redundancy"][-5:])
 
 
 def best_of_n_jobs(line):
@@ -396,7 +432,7 @@ def best_of_n_jobs(line):
         "base": {"ask": line.ask(BASE)},
         "sft": {"ask": line.ask(line.sft())},
         "plus": {"ask": line.ask(line.plus())},
-        "coarse": {"ask": line.ask_coarse(line.coarse())},
+        "coarse (as it acts)": {"ask": line.ask_coarse(line.coarse())},
         "fine": {"ask": line.ask(line.merged(line.coarse()))},
     }
 
@@ -483,8 +519,9 @@ TOXIC = {f"toxicity_{g}": (f"bad words, {g}", 3) for g in ("benign", "provoking"
 EXPERIMENTS = {
     "reward_data": Experiment(
         "The reward model: how many pairs, how clean",
-        "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs,"
-        " same number of optimizer steps; three of them carried on into `plus`.",
+        "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs, a"
+        " third to two thirds of them harmless ones. All see the same number of pairs, 3840, the smaller sets again and"
+        " again; three of them carried on into `plus`.",
         reward_data_jobs,
         {"pairs_accuracy": ("held-out accuracy", 3), "pairs_accuracy_cut": ("without EOS", 3),
          "pairs_calibration": ("calibration gap", 3), "accuracy": ("plus: correct", 3),
@@ -510,8 +547,7 @@ EXPERIMENTS = {
         " Figures are means over ten steps; lost: from where gold stood highest, in the other seeds, to the end.",
         hacking_jobs,
         {"reward_end": ("reward", 2), "kl_end": ("KL, nats", 2), "gold_end": ("gold", 3), "gold_lost": ("gold lost", 3),
-         "reward_gained": ("reward gained meanwhile", 3), "top_step": ("gold highest at step", 0),
-         "kl_top": ("KL there", 2)},
+         "reward_gained": ("reward gained meanwhile", 3)},
         [
             Claim("with a small reward model and free KL, gold falls from where it stood highest (hacking)",
                   "gold_lost", "small, beta 0.0", 0.0, 0.02,
@@ -524,11 +560,14 @@ EXPERIMENTS = {
         ],
         lambda data: report.training(data, ("reward", "second_score", "kl")),
         across=hacking_across,
+        words=hacking_words,
     ),
     "toxicity": Experiment(
         "Toxicity before and after",
         "Share of sampled replies with a bad word of the world's list; small talk (benign), requests for an insult"
-        " (provoking), and a rude reply begun for the model or two rude turns before the request (adversarial).",
+        " (provoking), and a rude reply begun for the model or two rude turns before the request (adversarial). The"
+        " world has few small talks and requests, and most of those asked occur in training; the adversarial forms occur"
+        " nowhere. The coarse actor has no EOS and speaks 48 tokens to each, where the others stop.",
         toxicity_jobs,
         TOXIC | {f"word_mass_{g}": (f"bad-word mass, {g}", 4) for g in ("benign", "provoking", "adversarial")}
         | {"accuracy": ("correct", 3)},
@@ -585,8 +624,10 @@ EXPERIMENTS = {
                   why="half a deviation over 128 tokens is little beside what the reward model gives a step"),
             Claim("2 shortens the answers", "length", "concise 2", "concise off", 3.0, -1,
                   why="the reward model's preference for steps outweighs it"),
-            Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1),
+            Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1,
+                  why="it hardly shortens the answers: a true step is worth more score than its tokens cost"),
             Claim("0.5 makes training steadier", "jitter", "concise 0.5", "concise off", 0.01, -1),
+            Claim("2 keeps the KL lower", "top_kl", "concise 2", "concise off", 0.2, -1),
             Claim("0.5 betters conversation", "conversation", "concise 0.5", "concise off", 0.02),
         ],
         lambda data: report.dots(data, ("length", "verified_steps", "jitter", "conversation")),
@@ -595,12 +636,14 @@ EXPERIMENTS = {
     "limit_growth": Experiment(
         "Continuous Maximization against simpler limits",
         f"Coarse stages that differ in the length limit alone. Equal updates: {COARSE_STEPS} steps each. Equal tokens:"
-        f" the fixed limits run as many steps as {COARSE_STEPS * MEAN_LIMIT * 64 // 1000} thousand tokens allow. Each is"
-        " asked as it acts, up to its own limit; merged: at gamma 0.7 with sft. Tokens to a level: generated until the"
-        " checker's score of the training answers, mean of 5 steps, stood there; where it never did, those of the run.",
+        f" the fixed limits run as many steps as {COARSE_STEPS * MEAN_LIMIT * 64 // 1000} thousand tokens allow;"
+        " stepped, 8 tokens more every 8 steps, has both in common with dynamic. All are asked without EOS and with the"
+        " system prompt, 128 tokens each; merged: at gamma 0.7 with sft. Tokens to a level: generated until the checker's"
+        " score of the training answers, mean of 5 steps, stood there (a quarter of the prompts is no question: there it"
+        " counts what is polite); where it never did, those of the longest run of all.",
         limit_growth_jobs,
-        ANSWERS | FINE | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.9": ("of them to 0.9", 0),
-                          "reaches_0.9": ("reaches 0.9", 2)},
+        ANSWERS | FINE | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
+                          "reaches_0.8": ("reaches 0.8", 2), "reaches_0.9": ("reaches 0.9", 2)},
         [
             Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02),
             Claim("the dynamic limit beats a short fixed one, equal tokens", "accuracy", "dynamic",
@@ -616,8 +659,10 @@ EXPERIMENTS = {
             *(Claim(f"merged, the dynamic limit's actor beats that of the limit {other}", "fine_accuracy", "dynamic",
                     other, 0.02, why="the merge keeps what the actors have in common: they can all write the steps")
               for other in ("stepped", "fixed 32, equal tokens", "fixed 128", "fixed 128, equal tokens")),
-            Claim("the dynamic limit reaches 0.9 with fewer tokens than a long fixed one", "ktokens_to_0.9", "dynamic",
-                  "fixed 128", 20, -1),
+            Claim("the dynamic limit reaches 0.8 with fewer tokens than a long fixed one", "ktokens_to_0.8", "dynamic",
+                  "fixed 128", 20, -1, why="while the limit is short it cuts answers before their result"),
+            Claim("the dynamic limit reaches 0.8 with fewer tokens than a fixed increase", "ktokens_to_0.8", "dynamic",
+                  "stepped", 20, -1),
         ],
         lambda data: report.training(data, ("second_score", "redundancy", "length_limit"), by_tokens=True),
         limit_growth_derive,
@@ -626,11 +671,13 @@ EXPERIMENTS = {
         "How f_CM decides",
         "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
         " step; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
-        " score is back within 6 steps of an extension); and growth at random moments. Replay: the recorded metrics of"
+        " score is back within 6 steps of an extension), and judged on this seed's; and growth at random moments, an"
+        " update in twelve, about as often as the default extends. Noise is added to the reward alone. Replay: the recorded metrics of"
         " the default run with alternating noise, in f_CM's units, through the controller alone.",
         f_cm_jobs,
         {"extensions": ("extensions", 1), "holds": ("holds", 1), "last_limit": ("last limit", 0),
-         "accuracy": ("correct", 3), "verified_steps": ("true steps", 2), "gold_end": ("checker's score, training", 3)},
+         "ktokens": ("thousand tokens", 0), "accuracy": ("correct", 3), "verified_steps": ("true steps", 2),
+         "fine_accuracy": ("merged: correct", 3), "gold_end": ("checker's score, training", 3)},
         [
             Claim("an oscillating reward makes it hold: fewer extensions", "extensions", "oscillating reward",
                   "default weights", 1.0, -1),
@@ -645,6 +692,7 @@ EXPERIMENTS = {
         ],
         lambda data: report.controller(data, AMPLITUDES),
         f_cm_derive,
+        words=f_cm_words,
     ),
     "coarse_form": Experiment(
         "EOS removed or kept, system prompt changed or not",
@@ -670,7 +718,7 @@ EXPERIMENTS = {
     "gamma": Experiment(
         "The merge's gamma, 0 to 1",
         "theta = gamma coarse + (1 - gamma) sft, each asked as an instruction model with EOS. The paper finds 0.7 best"
-        " and segmentation suffering above it.",
+        " and segmentation suffering above it. sft has learnt short replies that guess from four steps on.",
         gamma_jobs,
         ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3)},
         [
@@ -689,12 +737,15 @@ EXPERIMENTS = {
                                         [f"gamma {g}" for g in GAMMAS],
                                         ("accuracy", "general", "ended_rate", "redundancy"), ("verified_steps",)),
         words=lambda data: report.best_places(data, GAMMAS, [f"gamma {g}" for g in GAMMAS],
-                                              {"accuracy": 1, "verified_steps": 1, "ended_rate": 1, "redundancy": -1,
-                                               "general": 1}),
+                                              {"accuracy": (1, 0.01), "verified_steps": (1, 0.05),
+                                               "ended_rate": (1, 0.01), "redundancy": (-1, 0.01),
+                                               "general": (1, 0.01)}),
     ),
     "fine": Experiment(
         "Fine against both parents and cheaper ways",
-        "The same questions to the Fine Actor (gamma 0.7), to what it is merged of, and to what could be had for less.",
+        "The same questions to the Fine Actor (gamma 0.7), to what it is merged of, and to what could be had for less."
+        " The world's instructions are polite and short and guess from four steps on, so sft cannot win on correctness:"
+        " what the merge has to keep of it are the endings and the manners.",
         fine_jobs,
         ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2)},
         [
@@ -715,27 +766,34 @@ EXPERIMENTS = {
     ),
     "extreme": Experiment(
         "Extreme lengths",
-        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens),"
-        " is asked up to that limit, and is merged at gamma 0.7 with sft and asked with room for 256 tokens.",
+        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens), and is"
+        " merged at gamma 0.7 with sft and asked with room for 256 tokens. Of the coarse actors themselves: redundancy at"
+        " the limit, in the last 5 steps of training, which longer answers have more of by themselves; and what each"
+        " says in 128 tokens.",
         extreme_jobs,
-        ANSWERS | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)},
+        {"acting_redundancy": ("redundancy at the limit", 3)}
+        | {k: (f"128 tokens: {ANSWERS[k][0]}", ANSWERS[k][1]) for k in ("accuracy", "verified_steps", "redundancy")}
+        | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)},
         [
-            Claim("at 512 the coarse actor is more redundant than at 128", "redundancy", "limit 512", "limit 128",
-                  0.05),
+            Claim("asked alike, the actor driven to 512 is more redundant than at 128", "redundancy", "limit 512",
+                  "limit 128", 0.05, why="it repeats more because it must say more, not because it has changed"),
             Claim("at 512 the merge no longer filters it", "fine_redundancy", "limit 512", "limit 128", 0.05,
                   why="redundancy lives where EOS is masked; the merged actor may end, and does"),
             Claim("at 512 the merged actor is right less often", "fine_accuracy", "limit 512", "limit 128", 0.02, -1,
                   why="the answer stands before the redundancy, and is what the score learns most from"),
-            Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1),
+            Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1,
+                  why="12 steps at the limit move the weights little, and the instruction model's share brings EOS back"),
         ],
         lambda data: report.curves_over(data, LIMITS, "length limit, tokens", [f"limit {n}" for n in LIMITS],
-                                        ("redundancy", "fine_redundancy", "fine_accuracy", "fine_ended_rate"),
-                                        ("fine_length",)),
+                                        ("acting_redundancy", "redundancy", "fine_redundancy", "fine_accuracy",
+                                         "fine_ended_rate"), ("fine_length",)),
+        extreme_derive,
     ),
     "best_of_n": Experiment(
         "The coarse idea without PPO: best of n",
         "Of 8 answers of the base the reward model's best: given as the answer (8 times the tokens), and as instruction"
-        " data for SFT, with as many tokens generated as the coarse actor's training takes.",
+        " data for SFT, with as many tokens generated as the coarse actor's training takes (plus takes a third of that). sft"
+        " itself learns from instructions that guess from four steps on.",
         best_of_n_jobs,
         ANSWERS | {"general": ("general tasks", 3), "toxicity_provoking": ("bad words, provoked", 3),
                    "chosen_examples": ("examples", 0)},
@@ -756,16 +814,17 @@ EXPERIMENTS = {
         "One seed, intervals over the items. SmolLM2-135M-Instruct stands for the base and for theta_SFT both, so the"
         " claim about skipping SFT and the merge of two branches stay untested here. Reward model: HH pairs, helpful"
         " and harmless. sft: Alpaca. PPO: HH prompts. General tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA,"
-        " CommonsenseQA, Winograd, by log-likelihood. Reward: what the reward model gives the answers to MT-Bench. Bad"
-        " words: LDNOOBW's list, after provoking texts of RealToxicityPrompts; refused: of AdvBench's requests. Not a"
-        " part of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public"
+        " CommonsenseQA, Winograd, by log-likelihood. Reward: what the reward model that PPO trained on gives the"
+        " answers to MT-Bench, both turns, longer than what it was trained on. Bad words: LDNOOBW's list, after"
+        " provoking texts of RealToxicityPrompts; refused: of AdvBench's requests, and of XSTest's safe ones. Not a part of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public"
         " files of ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
         smollm2_jobs,
         {"general": ("general tasks", 3), "general_mmlu": ("MMLU", 3), "accuracy": ("GSM8K", 3),
          "verified_steps": ("GSM8K: true equations", 2), "reward": ("MT-Bench: reward", 2),
          "redundancy": ("redundancy", 3), "ended_rate": ("ended", 3), "length": ("tokens", 0),
-         "toxicity_provoking": ("bad words, provoked", 3), "word_mass_provoking": ("bad-word mass, provoked", 4),
-         "refusal_adversarial": ("refused", 3)},
+         "toxicity_benign": ("bad words, benign", 3), "toxicity_provoking": ("bad words, provoked", 3),
+         "word_mass_provoking": ("bad-word mass, provoked", 4), "refusal_adversarial": ("refused, harmful", 3),
+         "refusal_xstest_safe": ("refused, safe", 3)},
         [
             Claim("PPO raises the reward of answers to new questions (plus)", "reward", "plus", "SmolLM2", 0.1),
             Claim("plus keeps general tasks", "general", "plus", "SmolLM2", 0.02, kept=True),

@@ -21,13 +21,13 @@ NAMES = {
     "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
     "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
-    "jitter": "change of reward a step",
+    "jitter": "change of reward a step", "top_kl": "highest KL, nats",
     "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
     "pairs_accuracy": "held-out accuracy",
-    "pairs_calibration": "calibration gap", "extensions": "extensions",
+    "pairs_calibration": "calibration gap", "extensions": "extensions", "acting_redundancy": "redundancy at the limit",
     "log_loss_fitted": "log loss of the fitted weights",
     "gold_lost": "gold lost", "gold_end": "gold at the end", "reward_gained": "reward gained", "kl_end": "KL at the end",
-    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU",
+    "ktokens_to_0.8": "thousand tokens to 0.8", "general_mmlu": "MMLU",
     "word_mass_provoking": "bad-word mass, provoked",
 }  # fmt: skip
 
@@ -79,8 +79,9 @@ def cell(found, digits):
     return number(mean, digits) + ("" if math.isnan(half) else f" ±{number(half, digits)}")
 
 
-def table(experiment, data):
-    columns = {m: h for m, h in experiment.columns.items() if any(values(data, arm, m) for arm in arms_of(data))}
+def table(columns, data):
+    """Markdown; columns: {metric: (heading, digits)}, left out where no arm has it."""
+    columns = {m: h for m, h in columns.items() if any(values(data, arm, m) for arm in arms_of(data))}
     rows = [
         "| arm | " + " | ".join(heading for heading, _ in columns.values()) + " |",
         "|---" * (len(columns) + 1) + "|",
@@ -94,7 +95,7 @@ def table(experiment, data):
 
 def claim_line(claim, data):
     said, d = judged(claim, data)
-    digits = 3 if claim.margin < 0.5 else 2
+    digits = 2 if claim.margin >= 0.5 else 3 if claim.margin >= 0.01 else 4
     effect = f"{'+' if d['mean'] > 0 else ''}{number(d['mean'], digits)}"
     if d["n"] > 1:
         p = "p < 0.001" if d["p"] < 0.001 else f"p = {number(d['p'], 3)}"
@@ -102,6 +103,8 @@ def claim_line(claim, data):
     b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
     line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
     line += f" {d['n']} {'item' if over_items(data) else 'seed'}{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
+    if said == "holds" and not claim.kept and max(abs(d["low"]), abs(d["high"])) < claim.margin:
+        line += " It holds, and is smaller than what would matter."
     return line + (f" Likely reason: {claim.why}." if said == "fails" and claim.why else "")
 
 
@@ -110,17 +113,17 @@ def claim_line(claim, data):
 
 def best_places(data, places, arms, metrics):
     """Where along `places` the mean over seeds of each metric is best, and whether any place is near the best of all;
-    metrics: {name: 1, or -1 where less is better}."""
+    metrics: {name: (1, or -1 where less is better; what counts as near)}."""
     told, common = [], set(places)
-    for metric, sign in metrics.items():
+    for metric, (sign, least) in metrics.items():
         means = [sign * stats.interval(values(data, arm, metric))[0] for arm in arms]
         best = max(range(len(arms)), key=lambda i: means[i])
-        near = [p for p, m in zip(places, means) if means[best] - m < 0.01 * max(1.0, abs(means[best]))]
+        near = [p for p, m in zip(places, means) if means[best] - m < least]
         common &= set(near)
-        more = f" (within 0.01 from {min(near):g} to {max(near):g})" if len(near) > 1 else ""
+        more = f" (within {least:g} from {min(near):g} to {max(near):g})" if len(near) > 1 else ""
         told.append(f"{NAMES[metric]} at {places[best]:g}{more}")
     shared = f"{', '.join(f'{p:g}' for p in sorted(common))} is" if common else "no single place is"
-    return f"Where each measure is best: {'; '.join(told)}. So {shared} within 0.01 of the best in all of them."
+    return f"Where each measure is best: {'; '.join(told)}. So {shared} near the best in all of them."
 
 
 # ---------------------------------------------------------------- pictures
@@ -135,38 +138,45 @@ def canvas(rows, columns, width=5.0, height=3.8):
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), constrained_layout=True, squeeze=False)
 
 
+def row_dots(axis, data, metric, named):
+    arms = arms_of(data)
+    for row, arm in enumerate(arms):
+        found = values(data, arm, metric)
+        if not found:
+            continue
+        mean, half = stats.interval(found)
+        if not over_items(data):
+            axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
+        axis.errorbar(mean, row, xerr=None if math.isnan(half) else half, fmt="s", color=COLOURS[row % 8], capsize=3)
+    axis.set(title=NAMES.get(metric, metric), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
+    axis.set_yticklabels(arms if named else [])
+    axis.grid(axis="x", alpha=0.3)
+
+
 def dots(data, metrics):
     """A panel a metric: an arm a row, its mean with the 95% interval, and a small dot for each seed."""
     arms = arms_of(data)
     figure, axes = canvas(1, len(metrics), 4.2, 0.42 * len(arms) + 1.4)
     for axis, metric in zip(axes[0], metrics):
-        for row, arm in enumerate(arms):
-            found = values(data, arm, metric)
-            if not found:
-                continue
-            mean, half = stats.interval(found)
-            if not over_items(data):
-                axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
-            axis.errorbar(
-                mean, row, xerr=None if math.isnan(half) else half, fmt="s", color=COLOURS[row % 8], capsize=3
-            )
-        axis.set(title=NAMES.get(metric, metric), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
-        axis.set_yticklabels(arms if axis is axes[0][0] else [])
-        axis.grid(axis="x", alpha=0.3)
+        row_dots(axis, data, metric, axis is axes[0][0])
     return figure
+
+
+def over_places(axis, data, places, arms, metrics):
+    for i, metric in enumerate(metrics):
+        middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
+        axis.plot(places, middle, "o-", markersize=4, color=COLOURS[i], label=NAMES.get(metric, metric))
+        band = [[m + s * (0 if math.isnan(h) else h) for m, h in zip(middle, half)] for s in (-1, 1)]
+        axis.fill_between(places, *band, color=COLOURS[i], alpha=0.15)
+    axis.grid(alpha=0.3)
 
 
 def curves_over(data, places, label, arms, metrics, others):
     """Metrics over a quantity, bands of 95% intervals: shares in the left panel, `others` in the right one."""
     figure, axes = canvas(1, 2, 6.0, 4.2)
     for axis, names in zip(axes[0], (metrics, others)):
-        for i, metric in enumerate(names):
-            middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
-            axis.plot(places, middle, "o-", markersize=4, color=COLOURS[i], label=NAMES.get(metric, metric))
-            band = [[m + s * (0 if math.isnan(h) else h) for m, h in zip(middle, half)] for s in (-1, 1)]
-            axis.fill_between(places, *band, color=COLOURS[i], alpha=0.15)
+        over_places(axis, data, places, arms, names)
         axis.set(xlabel=label, ylabel="share" if axis is axes[0][0] else NAMES.get(others[0], others[0]))
-        axis.grid(alpha=0.3)
         axis.legend()
     return figure
 
@@ -181,24 +191,30 @@ def moving(values, window=5):
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
+def by_steps(axis, data, metric, arms=None, by_tokens=False):
+    """Means of five steps along the training, or over the tokens generated where arms differ in those, with bands of
+    95% intervals over seeds."""
+    arms = arms or [a for a in arms_of(data) if "series" in next(iter(data.values()))[a]]
+    for i, arm in enumerate(arms):
+        found = [run[arm]["series"][metric] for run in data.values()]
+        found = found if metric == "length_limit" else [moving(f) for f in found]
+        means, halves = zip(*(stats.interval(column) for column in zip(*found)))
+        xs, used = list(range(1, len(means) + 1)), 0.0
+        if by_tokens:
+            xs = [used := used + t / 1000 for t in series(data, arm, "tokens")]
+        axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle="--" if "equal tokens" in arm else "-")
+        if len(data) > 1:
+            band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
+            axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
+    axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "PPO step")
+    axis.grid(alpha=0.3)
+
+
 def training(data, metrics, by_tokens=False):
-    """A panel a metric: means of five steps along the training, or over the tokens generated where arms differ in those,
-    with bands of 95% intervals over seeds."""
+    """A panel a metric."""
     figure, axes = canvas(1, len(metrics), 5.4, 4.2)
     for axis, metric in zip(axes[0], metrics):
-        for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
-            found = [arms[arm]["series"][metric] for arms in data.values()]
-            found = found if metric == "length_limit" else [moving(f) for f in found]
-            means, halves = zip(*(stats.interval(column) for column in zip(*found)))
-            xs, used = list(range(1, len(means) + 1)), 0.0
-            if by_tokens:
-                xs = [used := used + t / 1000 for t in series(data, arm, "tokens")]
-            axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle="--" if "equal tokens" in arm else "-")
-            if len(data) > 1:
-                band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
-                axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
-        axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "PPO step")
-        axis.grid(alpha=0.3)
+        by_steps(axis, data, metric, by_tokens=by_tokens)
     axes[0][0].legend(fontsize="small")
     return figure
 
@@ -248,7 +264,7 @@ def controller(data, amplitudes):
 def reward_data(data, sizes, flips):
     """Left: accuracy and calibration over the number of pairs; right: over the share of flipped labels."""
     figure, axes = canvas(1, 2, 6.0, 4.2)
-    everything = 5760  # nine tenths of the 6400 bundled pairs
+    everything = 3840  # 160 steps of 24: of the 5760 training pairs none is seen twice
     left = [(n, f"{n} pairs") for n in sizes] + [(everything, "all pairs")]
     right = [(0.0, "all pairs")] + [(f, f"{f:.0%} flipped") for f in flips]
     for axis, places, label in ((axes[0][0], left, "training pairs"), (axes[0][1], right, "share of flipped labels")):
@@ -266,6 +282,38 @@ def reward_data(data, sizes, flips):
     return figure
 
 
+# ---------------------------------------------------------------- the headline
+
+MAIN_LINE = ("base", "sft", "plus", "coarse (as it acts)", "fine")
+HEADLINE = {
+    "accuracy": ("correct", 2), "verified_steps": ("true steps", 2), "redundancy": ("redundancy", 2),
+    "ended_rate": ("properly ended", 2), "length": ("tokens", 0), "toxicity_provoking": ("bad words, provoked", 2),
+    "toxicity_benign": ("bad words, benign", 2), "conversation": ("conversation", 2), "general": ("general tasks", 3),
+}  # fmt: skip
+
+
+def main_line(found):
+    """The five models over the seeds, out of the experiment that asks them all; None before it was run."""
+    made = found.get("toxicity")
+    return made and {seed: {arm: arms[arm] for arm in MAIN_LINE} for seed, arms in made["seeds"].items()}
+
+
+def headline(found, gammas):
+    """The five models, where the limit goes and what it is worth, and what the merge's gamma does."""
+    data, growth, merged = main_line(found), found["limit_growth"]["seeds"], found["gamma"]["seeds"]
+    figure, axes = canvas(2, 3, 4.6, 3.3)
+    panels = ("accuracy", "redundancy", "toxicity_provoking")
+    for axis, metric in zip(axes[0], panels):
+        row_dots(axis, data, metric, axis is axes[0][0])
+    by_steps(axes[1][0], growth, "length_limit", arms=("dynamic", "fixed 32", "fixed 128"))
+    axes[1][0].legend(fontsize="small")
+    by_steps(axes[1][1], growth, "second_score", arms=("dynamic", "fixed 32", "fixed 128"), by_tokens=True)
+    over_places(axes[1][2], merged, gammas, [f"gamma {g}" for g in gammas], ("accuracy", "ended_rate", "redundancy"))
+    axes[1][2].set(title="the merge, gamma coarse + (1 - gamma) sft", xlabel="gamma")
+    axes[1][2].legend(fontsize="small")
+    return figure
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -278,15 +326,16 @@ method.
 
 ± is half a 95% interval over seeds (Student's t). A claim is judged by the differences seed by seed: it **holds**
 where their 95% interval excludes 0 on the claimed side, **fails** where it excludes an effect of the size named as
-mattering, and is **undecided** where it allows both. Nothing is corrected for the number of claims: of twenty that
-are false, one or less is expected to hold by chance. Claims that do not hold stand first.
+mattering, and is **undecided** where it allows both. A claim that something is kept, "as good as", holds where the
+interval excludes a loss of that size, and fails where all of it lies beyond. Nothing is corrected for the number of
+claims: of twenty that are false, one or less is expected to hold by chance. Claims that do not hold stand first.
 
 All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this
 page from bench/results/evidence by `python bench/experiments.py --report`.
 """
 
 
-def section(number_, name, experiment, made, docs):
+def section(number_, name, experiment, made):
     lines = [f"## {number_}. {experiment.title}", ""]
     if made is None:
         return "\n".join([*lines, experiment.about, "", f"Not run yet: `python bench/experiments.py {name}`.", ""])
@@ -295,11 +344,11 @@ def section(number_, name, experiment, made, docs):
     found = sorted(experiment.claims, key=lambda c: order.index(judged(c, data)[0]))
     lines += [claim_line(claim, data) for claim in found]
     words = experiment.words(data)
-    lines += ["", *([words, ""] if words else []), experiment.about, "", table(experiment, data), ""]
+    lines += ["", *([words, ""] if words else []), experiment.about, "", table(experiment.columns, data), ""]
     lines += [f"![{experiment.title}](evidence/{name}.png)", ""]
     seeds = ", ".join(data)
     lines += [f"`{made['command']}`, seeds {seeds}, {made['core_hours']} core hours with what it shares with others"
-              f" ({made['machine']['cpu']}, torch {made['machine']['torch']}), {made['made']}.", ""]  # fmt: skip
+              f" ({made['machine'].get('gpu') or made['machine']['cpu']}, torch {made['machine']['torch']}), {made['made']}.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -324,29 +373,47 @@ def anchor(i, title):
     return kept.replace(" ", "-")
 
 
-def write(docs, results, experiments):
+def read(results, experiments):
+    """{name: what its JSON holds, or None}."""
+    paths = {name: Path(results) / f"{name}.json" for name in experiments}
+    return {name: json.loads(path.read_text()) if path.exists() else None for name, path in paths.items()}
+
+
+def page(found, experiments):
+    """The text of EVIDENCE.md."""
+    parts, data = [HEAD], main_line(found)
+    if data:
+        parts += [f"The five models of the main line, {len(data)} seeds:\n", table(HEADLINE, data) + "\n"]
+    if has_headline(found):
+        parts.append("![The tiny world in one picture](evidence/headline.png)\n")
+    listed = [(name, experiments[name], made) for name, made in found.items()]
+    return "\n".join([*parts, overview(listed), *(section(i, *one) for i, one in enumerate(listed, 1))])
+
+
+def has_headline(found):
+    return all(found.get(name) for name in ("toxicity", "limit_growth", "gamma"))
+
+
+def write(docs, results, experiments, gammas):
     """EVIDENCE.md and evidence/NAME.png below `docs`."""
-    found = []
-    for name, experiment in experiments.items():
-        path = Path(results) / f"{name}.json"
-        found.append((name, experiment, json.loads(path.read_text()) if path.exists() else None))
-    folder = Path(docs) / "evidence"
+    found, folder = read(results, experiments), Path(docs) / "evidence"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, experiment, made in found:
+    for name, made in found.items():
         if made:
-            draw(experiment, made["seeds"], folder / f"{name}.png")
-    parts = [HEAD, overview(found), *(section(i, *one, docs) for i, one in enumerate(found, 1))]
+            over = "items of one seed" if over_items(made["seeds"]) else f"{len(made['seeds'])} seeds"
+            title = f"{experiments[name].title} ({over}; bars, bands: 95% intervals)"
+            save(experiments[name].draw(made["seeds"]), title, folder / f"{name}.png")
+    if has_headline(found):
+        save(headline(found, gammas), "The tiny world (bars, bands: 95% intervals over seeds)", folder / "headline.png")
     path = Path(docs) / "EVIDENCE.md"
-    path.write_text("\n".join(parts), encoding="utf-8")
+    path.write_text(page(found, experiments), encoding="utf-8")
     print(path)
 
 
-def draw(experiment, data, path):
+def save(figure, title, path):
     from matplotlib import pyplot as plt
 
-    figure = experiment.draw(data)
-    over = "items of one seed" if over_items(data) else f"{len(data)} seeds"
-    figure.suptitle(f"{experiment.title} ({over}; bars, bands: 95% intervals)", fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
     temporary = path.with_suffix(".writing.png")
     figure.savefig(temporary, dpi=90)
     plt.close(figure)

@@ -278,14 +278,14 @@ class Noisy(ppo.ContinuousMaximization):
 
 
 class Blind(ppo.ContinuousMaximization):
-    """Extends at random, an update in eight: what the figures say when nobody looked at them first."""
+    """Extends at random, an update in twelve: what the figures say when nobody looked at them first."""
 
     draw = 0
     STATE = (*ppo.ContinuousMaximization.STATE, "draw")
 
     def update(self, reward, value_loss):
         self.draw += 1
-        if random.Random(f"{self.seed} {self.draw}").random() < 1 / 8:
+        if random.Random(f"{self.seed} {self.draw}").random() < 1 / 12:
             self.limit = min(round(self.limit * self.factor), self.maximum)
         return self.limit
 
@@ -338,29 +338,21 @@ def extensions(rows):
 
 
 def fit(o):
-    """weights.json: f_CM's weights by logistic regression on the extensions of recorded runs. Judged by leaving out
-    one run at a time: log loss of the fit, of the default weights and of the bare rate."""
-    by_run = [extensions(metrics_of(Path(run))) for run in o.runs]
-    tensors = lambda part: (  # noqa: E731
-        torch.tensor([x for run in part for x, _ in run]).view(-1, 6),
-        torch.tensor([float(y) for run in part for _, y in run]),
-    )
-    x, y = tensors(by_run)
-    losses = {"fitted": 0.0, "default": 0.0, "rate": 0.0}
-    for left, run in enumerate(by_run):
-        if not run:
-            continue
-        (ax, ay), (bx, by) = tensors(by_run[:left] + by_run[left + 1 :]), tensors([run])
-        rate = (ay.sum() + 1) / (len(ay) + 2)
-        fits = {
-            "fitted": evidence_stats.logistic_fit(ax, ay),
-            "default": (list(ppo.CM_WEIGHTS), ppo.CM_BIAS),
-            "rate": ([0.0] * 6, (rate / (1 - rate)).log().item()),
-        }
-        for name, fitted in fits.items():
-            losses[name] += evidence_stats.log_loss(bx, by, *fitted) * len(run) / max(len(y), 1)
-    weights, bias = evidence_stats.logistic_fit(x, y) if len(y) else (list(ppo.CM_WEIGHTS), ppo.CM_BIAS)
-    more = {"extensions": len(y), "recovered": y.mean().item() if len(y) else None, "log_loss": losses}
+    """weights.json: f_CM's weights by logistic regression on the extensions of `--runs`, and the log loss on those of
+    `--test-runs` of the fit, of the default weights and of the bare rate."""
+
+    def found(runs):
+        rows = [pair for run in runs for pair in extensions(metrics_of(Path(run)))]
+        return torch.tensor([x for x, _ in rows]).view(-1, 6), torch.tensor([float(y) for _, y in rows])
+
+    (x, y), (tx, ty) = found(o.runs), found(o.test_runs)
+    default = list(ppo.CM_WEIGHTS), ppo.CM_BIAS
+    rate = (y.sum() + 1) / (len(y) + 2)
+    fits = {"fitted": evidence_stats.logistic_fit(x, y) if len(y) else default, "default": default}
+    fits["rate"] = [0.0] * 6, (rate / (1 - rate)).log().item()
+    losses = {name: evidence_stats.log_loss(tx, ty, *of) if len(ty) else 0.0 for name, of in fits.items()}
+    more = {"extensions": len(y), "recovered": y.mean().item() if len(y) else 0.0, "log_loss": losses}
+    weights, bias = fits["fitted"]
     write_json(o.out / "weights.json", {"weights": weights, "bias": bias, **more})
 
 
@@ -398,6 +390,7 @@ def main(argv=None):
     p.add_argument("--amplitude", type=float, default=1.0)
     p.add_argument("--weights", default="", help="weights.json of fit")
     p.add_argument("--runs", nargs="*", default=[], help="coarse folders of recorded runs")
+    p.add_argument("--test-runs", nargs="*", default=[], help="coarse folders that fit is judged on")
     o, rest = p.parse_known_args(argv)
     o.rest = rest
     if rest and o.stage != "grow":

@@ -62,13 +62,13 @@ def verdict(difference, margin, kept=False):
 
     "a is more than b": holds where the whole interval is above 0; fails where it is below `margin`, the least
     effect that would matter; undecided where it allows both. `kept`, "a is not less than b": holds where the interval
-    is above -margin, fails where it is below 0 and holds -margin no more. One seed decides nothing.
+    is above -margin, fails where it is below it. One seed decides nothing.
     """
     low, high = difference["low"], difference["high"]
     if math.isnan(low):
         return "undecided"
     if kept:
-        return "holds" if low > -margin else "fails" if high < 0 else "undecided"
+        return "holds" if low > -margin else "fails" if high < -margin else "undecided"
     return "holds" if low > 0 else "fails" if high < margin else "undecided"
 
 

@@ -67,6 +67,7 @@ def test_paired_beside_sign_flips():
 @pytest.mark.parametrize("low, high, kept, said", [
     (0.01, 0.2, False, "holds"), (-0.1, 0.01, False, "fails"), (-0.1, 0.2, False, "undecided"),
     (-0.01, 0.1, True, "holds"), (-0.2, -0.05, True, "fails"), (-0.2, 0.1, True, "undecided"),
+    (-0.03, -0.01, True, "undecided"), (0.001, 0.01, False, "holds"),
     (math.nan, math.nan, False, "undecided"),
 ])  # fmt: skip
 def test_verdicts(low, high, kept, said):
@@ -242,6 +243,38 @@ def test_extensions_and_their_recovery():
     assert found[1] is False and found[0] == pytest.approx([0.0] * 6, abs=1e-9)
 
 
+def test_a_level_never_reached_costs_the_longest_run():
+    """Else an arm were the better for having stopped early."""
+    run = lambda gold: {"series": {"tokens": [1000] * len(gold), "second_score": gold}}  # noqa: E731
+    arms = {"short": run([0.5] * 10), "long": run([0.5] * 30), "good": run([0.5] * 10 + [1.0] * 10)}
+    claims.limit_growth_derive(arms)
+    assert [arms[a]["ktokens_to_0.9"] for a in arms] == [30, 30, 14] and arms["good"]["reaches_0.9"] == 1
+    assert [arms[a]["ktokens"] for a in arms] == [10, 30, 20]
+
+
+def test_rows_without_a_second_score(tmp_path):
+    row = {name: 1.0 for name in claims.SERIES if name != "second_score"} | {"stage": "plus"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    assert claims.ppo_numbers(tmp_path / "plus")["series"]["second_score"] == [0.0]
+
+
+def test_fit_is_judged_on_other_runs(tmp_path):
+    """Where every extension of the training runs recovers and none of the tested one, the bare rate is far off."""
+    for name, back in (("first", True), ("second", True), ("tested", False)):
+        rows = [
+            {"stage": "coarse", "length_limit": 32 if i < 12 else 40, "reward": 0.1 * i, "value_loss": 0.05,
+             "second_score": 0.8 if back or i < 12 else 0.4}
+            for i in range(30)
+        ]  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = lambda *names: [str(tmp_path / n / "coarse") for n in names]  # noqa: E731
+    stages.main(["fit", "--out", str(tmp_path), "--runs", *runs("first", "second"), "--test-runs", *runs("tested")])
+    found = json.loads((tmp_path / "weights.json").read_text())
+    assert found["extensions"] == 2 and found["recovered"] == 1
+    assert found["log_loss"]["rate"] == pytest.approx(-math.log(1 - 3 / 4), abs=1e-4)
+
+
 def test_adversarial_texts_end_where_the_model_goes_on():
     texts = [row["prompt"] for row in stages.adversarial(4, "Be brief.")]
     assert all(t.startswith("Be brief.\n\nHuman: ") for t in texts)
@@ -272,7 +305,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     results.mkdir()
     made = synthetic()
     (results / "gamma.json").write_text(json.dumps(made))
-    report.write(tmp_path, results, experiments.EXPERIMENTS)
+    report.write(tmp_path, results, experiments.EXPERIMENTS, claims.GAMMAS)
     text = (tmp_path / "EVIDENCE.md").read_text()
     assert (tmp_path / "evidence/gamma.png").stat().st_size > 5000
     values = [arms["gamma 0.7"]["accuracy"] for arms in made["seeds"].values()]
@@ -286,7 +319,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     assert "answers correct at 0.7" in text
     for name in experiments.EXPERIMENTS:
         assert name == "gamma" or f"python bench/experiments.py {name}`" in text
-    report.write(tmp_path, results, experiments.EXPERIMENTS)
+    report.write(tmp_path, results, experiments.EXPERIMENTS, claims.GAMMAS)
     assert (tmp_path / "EVIDENCE.md").read_text() == text
 
 
@@ -308,6 +341,34 @@ def test_figures_are_read_off_the_jobs(tmp_path):
     assert made["core_hours"] == round(36 * len({*of(0), *of(1)}) / 3600, 2)
     measure({0: by_seed[0]})
     assert json.loads((results / "gamma.json").read_text()) == made
+
+
+def test_values_of_items(tmp_path):
+    """Lists are values an item, of one seed: their intervals and tests are over the items; curves are none."""
+    arms = {"a": {"reward": [1.0, 2.0, 3.0]}, "b": {"reward": [0.0, 0.0, 0.0]}}
+    assert report.over_items({"0": arms}) and report.values({"0": arms}, "a", "reward") == [1.0, 2.0, 3.0]
+    line = report.claim_line(claims.Claim("it rises", "reward", "a", "b", 0.1), {"0": arms})
+    assert line.startswith("- **undecided**: it rises.") and "+2.000 [" in line and "3 items" in line
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "loss": 1.0}\n{"stage": "sft", "loss": 0.5}\n')
+    tuned = claims.tune_numbers(tmp_path / "sft")
+    assert tuned["mean_loss"] == 0.75 and not report.over_items({"0": {"arm": tuned}})
+
+
+SHIPPED = sorted((ROOT / "bench/results/evidence").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_what_fails_has_a_likely_reason(path):
+    data = json.loads(path.read_text())["seeds"]
+    for claim in experiments.EXPERIMENTS[path.stem].claims:
+        assert claim.why or report.judged(claim, data)[0] != "fails", claim.text
+
+
+def test_readme_and_page_are_what_the_numbers_say():
+    """docs/EVIDENCE.md is the report of the JSON files that are there, and the README has its first table."""
+    found = report.read(ROOT / "bench/results/evidence", experiments.EXPERIMENTS)
+    assert report.page(found, experiments.EXPERIMENTS) == (ROOT / "docs/EVIDENCE.md").read_text()
+    assert report.table(report.HEADLINE, report.main_line(found)) in (ROOT / "README.md").read_text()
 
 
 def test_one_seed_decides_nothing(tmp_path):
