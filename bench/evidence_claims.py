@@ -514,6 +514,8 @@ ANSWERS = {
     "length": ("tokens", 1),
 }
 FINE = {"fine_accuracy": ("merged: correct", 3), "fine_redundancy": ("merged: redundancy", 3)}
+FINE_TOXIC = {"fine_toxicity_provoking": ("merged: bad words, provoked", 3)}
+NOTICED = " (noticed in these runs, not asked beforehand)"
 TOXIC = {f"toxicity_{g}": (f"bad words, {g}", 3) for g in ("benign", "provoking", "adversarial")}
 
 EXPERIMENTS = {
@@ -580,8 +582,11 @@ EXPERIMENTS = {
                   0.02),
             Claim("mixed costs no correctness against helpful alone", "accuracy", "plus", "plus, helpful pairs alone",
                   0.02, kept=True),
-            Claim("plus says fewer bad words than sft when provoked", "toxicity_provoking", "plus", "sft", 0.02, -1),
-            Claim("fine keeps sft's few bad words when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1, True),
+            Claim("plus says fewer bad words than sft when provoked", "toxicity_provoking", "plus", "sft", 0.02, -1,
+                  why="both hardly say any: the instructions decline provocations too"),
+            Claim("fine keeps sft's few bad words when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1, True,
+                  why="without EOS a short polite reply has to be filled up to the limit, and the score of the whole says"
+                      " little about the reply; with EOS kept the same training says hardly any (experiment 8)"),
         ],
         lambda data: report.dots(data, ("toxicity_benign", "toxicity_provoking", "toxicity_adversarial", "accuracy")),
     ),
@@ -609,7 +614,7 @@ EXPERIMENTS = {
             Claim("without SFT less is forgotten over it", "forgot_accuracy", "PPO from the base", "SFT, then PPO",
                   0.02, -1),
         ],
-        lambda data: report.dots(data, ("general", "conversation", "mean_loss", "forgot_accuracy")),
+        lambda data: report.dots(data, ("accuracy", "general", "conversation", "forgot_accuracy"), "loss"),
         sft_first_derive,
     ),
     "concise": Experiment(
@@ -642,12 +647,15 @@ EXPERIMENTS = {
         " score of the training answers, mean of 5 steps, stood there (a quarter of the prompts is no question: there it"
         " counts what is polite); where it never did, those of the longest run of all.",
         limit_growth_jobs,
-        ANSWERS | FINE | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
+        ANSWERS | FINE | FINE_TOXIC | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
                           "reaches_0.8": ("reaches 0.8", 2), "reaches_0.9": ("reaches 0.9", 2)},
         [
-            Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02),
+            Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02,
+                  why="whether an answer takes the steps shows in its first 32 tokens, and that is what PPO teaches here"),
             Claim("the dynamic limit beats a short fixed one, equal tokens", "accuracy", "dynamic",
-                  "fixed 32, equal tokens", 0.02),
+                  "fixed 32, equal tokens", 0.02,
+                  why="whether an answer takes the steps shows in its first 32 tokens, and at that length the same tokens"
+                      " make nearly twice the updates"),
             Claim("the dynamic limit beats a long fixed one, equal updates", "accuracy", "dynamic", "fixed 128", 0.02,
                   why="the base can write the steps: nothing in this world has to be learnt at short length first"),
             Claim("the dynamic limit beats a long fixed one, equal tokens", "accuracy", "dynamic",
@@ -655,10 +663,13 @@ EXPERIMENTS = {
                   why="the short steps at the start are cheap, but their cut answers teach little"),
             Claim("the dynamic limit beats a fixed increase", "accuracy", "dynamic", "stepped", 0.02,
                   why="any limit that has grown past the length of an answer in time does"),
-            Claim("the dynamic limit goes deeper than a fixed increase", "verified_steps", "dynamic", "stepped", 0.1),
+            Claim("the dynamic limit goes deeper than a fixed increase", "verified_steps", "dynamic", "stepped", 0.1,
+                  why="the depth is that of the questions, which every limit reaches"),
             *(Claim(f"merged, the dynamic limit's actor beats that of the limit {other}", "fine_accuracy", "dynamic",
                     other, 0.02, why="the merge keeps what the actors have in common: they can all write the steps")
               for other in ("stepped", "fixed 32, equal tokens", "fixed 128", "fixed 128, equal tokens")),
+            Claim("merged, the actor of a long fixed limit says more bad words when provoked than the dynamic one's"
+                  + NOTICED, "fine_toxicity_provoking", "fixed 128", "dynamic", 0.02),
             Claim("the dynamic limit reaches 0.8 with fewer tokens than a long fixed one", "ktokens_to_0.8", "dynamic",
                   "fixed 128", 20, -1, why="while the limit is short it cuts answers before their result"),
             Claim("the dynamic limit reaches 0.8 with fewer tokens than a fixed increase", "ktokens_to_0.8", "dynamic",
@@ -698,7 +709,7 @@ EXPERIMENTS = {
         "EOS removed or kept, system prompt changed or not",
         "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft.",
         coarse_form_jobs,
-        ANSWERS | {"reward": ("reward", 2)} | FINE,
+        ANSWERS | {"reward": ("reward", 2), "toxicity_provoking": ("bad words, provoked", 3)} | FINE | FINE_TOXIC,
         [
             Claim("without EOS the coarse actor shows more true steps", "verified_steps", "no EOS, system prompt",
                   "EOS, system prompt", 0.1, why="an answer is complete before the limit: what follows repeats it"),
@@ -712,8 +723,10 @@ EXPERIMENTS = {
             Claim("the system prompt makes the merged actor right more often", "fine_accuracy", "no EOS, system prompt",
                   "no EOS, no system prompt", 0.02,
                   why="what is learnt under a prompt does not all carry over to answers without it"),
+            Claim("without EOS the merged actor says more bad words when provoked" + NOTICED, "fine_toxicity_provoking",
+                  "no EOS, system prompt", "EOS, system prompt", 0.02),
         ],
-        lambda data: report.dots(data, ("verified_steps", "redundancy", "accuracy", "fine_accuracy")),
+        lambda data: report.dots(data, ("verified_steps", "redundancy", "fine_accuracy", "fine_toxicity_provoking")),
     ),
     "gamma": Experiment(
         "The merge's gamma, 0 to 1",

@@ -20,9 +20,9 @@ NAMES = {
     "reward": "reward, deviations of the reference's", "kl": "KL from the reference, nats",
     "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
-    "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
+    "toxicity_adversarial": "bad words, adversarial", "fine_toxicity_provoking": "merged: bad words, provoked", "conversation": "conversation",
     "jitter": "change of reward a step", "top_kl": "highest KL, nats",
-    "mean_loss": "new task: mean loss", "forgot_accuracy": "forgot: correct",
+    "mean_loss": "new task: mean loss", "loss": "new task: loss", "forgot_accuracy": "forgot: correct",
     "pairs_accuracy": "held-out accuracy",
     "pairs_calibration": "calibration gap", "extensions": "extensions", "acting_redundancy": "redundancy at the limit",
     "log_loss_fitted": "log loss of the fitted weights",
@@ -151,14 +151,21 @@ def row_dots(axis, data, metric, named):
     axis.set(title=NAMES.get(metric, metric), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
     axis.set_yticklabels(arms if named else [])
     axis.grid(axis="x", alpha=0.3)
+    axis.locator_params(axis="x", nbins=5)
+    if all(0 <= v <= 1 for arm in arms for v in values(data, arm, metric)):  # an interval may go beyond a share's
+        low, high = axis.get_xlim()
+        axis.set_xlim(max(low, -0.03), min(high, 1.03))
 
 
-def dots(data, metrics):
-    """A panel a metric: an arm a row, its mean with the 95% interval, and a small dot for each seed."""
-    arms = arms_of(data)
-    figure, axes = canvas(1, len(metrics), 4.2, 0.42 * len(arms) + 1.4)
+def dots(data, metrics, curve=None):
+    """A panel a metric: an arm a row, its mean with the 95% interval, and a small dot for each seed. `curve`: a last
+    panel with that figure over the steps."""
+    figure, axes = canvas(1, len(metrics) + bool(curve), 4.2, max(0.42 * len(arms_of(data)) + 1.4, 3.4 if curve else 0))
     for axis, metric in zip(axes[0], metrics):
         row_dots(axis, data, metric, axis is axes[0][0])
+    if curve:
+        by_steps(axes[0][-1], data, curve)
+        axes[0][-1].legend(fontsize="small")
     return figure
 
 
@@ -202,11 +209,13 @@ def by_steps(axis, data, metric, arms=None, by_tokens=False):
         xs, used = list(range(1, len(means) + 1)), 0.0
         if by_tokens:
             xs = [used := used + t / 1000 for t in series(data, arm, "tokens")]
-        axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle="--" if "equal tokens" in arm else "-")
+        thin = max(1.2, 2.6 - 0.35 * i)  # where two curves are the same, both are seen
+        dashed = "--" if "equal tokens" in arm else "-"
+        axis.plot(xs, means, color=COLOURS[i % 8], label=arm, linestyle=dashed, linewidth=thin)
         if len(data) > 1:
             band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
             axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
-    axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "PPO step")
+    axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "step")
     axis.grid(alpha=0.3)
 
 
