@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -234,6 +235,12 @@ def run_all(jobs, cache, workers, rank, finished=lambda job: None):
                     done.add(job)
                     bar.write(f"{job.stage} {job.key} seed {job.seed}: {seconds:.0f} s  {figures(job, cache)}")
                     finished(job)
+                elif status == 2 and job.record(cache)["before"] > seconds + 0.01:
+                    # An earlier try was interrupted, and what it left is refused: another version of the code made it.
+                    bar.write(f"{job.stage} {job.key} seed {job.seed}: begun anew")
+                    shutil.rmtree(folder)
+                    waiting.insert(0, job)
+                    bar.update(-1)
                 else:
                     said = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
                     failed[job] = f"status {status}: {said[-1][-200:]}"

@@ -237,7 +237,8 @@ def controller(data, amplitudes):
     left.step(steps, s["length_limit"], where="post", color="tab:blue", label="limit, tokens")
     left.set(title="default weights, one seed", xlabel="PPO step", ylabel="limit, tokens", ylim=(0, None))
     other = left.twinx()
-    grown = [b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])] + [False]
+    grown = [b > a for a, b in zip(s["length_limit"], s["length_limit"][1:])]
+    grown.append(s["p_extend"][-1] > 0.5 and s["length_limit"][-1] < 128)  # its next limit was never used
     for chosen, marker, colour, label in ((True, "^", "tab:green", "extended"), (False, "x", "tab:red", "held")):
         points = [(n, p) for n, p, g in zip(steps, s["p_extend"], grown) if p > 0 and g == chosen]
         other.plot(*(zip(*points) if points else ([], [])), marker, color=colour, label=label)

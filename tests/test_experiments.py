@@ -83,8 +83,8 @@ def test_logistic_fit_is_the_minimum():
     best = stats.log_loss(x, y, weights, bias)
     for i, step in itertools.product(range(3), (-0.05, 0.05)):
         assert best < stats.log_loss(x, y, [w + step * (i == j) for j, w in enumerate(weights)], bias)
-    shrunk, _ = stats.logistic_fit(x, torch.ones(200))  # all alike: no weight runs away
-    assert max(map(abs, shrunk)) < 0.1
+    shrunk, bias = stats.logistic_fit(x, torch.ones(200))  # all alike: nothing runs away
+    assert max(map(abs, shrunk)) < 0.1 and bias / 10 == pytest.approx(200 / (1 + math.exp(bias)), rel=0.05)
 
 
 # ---------------------------------------------------------------- jobs
@@ -151,6 +151,18 @@ def test_made_once_kept_and_gone_on_with(tmp_path, monkeypatch):
     assert set(run()) == {bad, after_bad} and set(seen) == {good, after_good}
     assert (good.folder(tmp_path) / "job.json").stat().st_mtime_ns == stamp
     assert after_good.output(tmp_path).exists()
+
+
+def test_what_an_older_version_left_is_begun_anew(tmp_path, monkeypatch):
+    """An interrupted try that c2f.py refuses to go on with (status 2) is removed, once; other mistakes are not hidden."""
+    write = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); sys.exit(2) if (out.parent / 'old').exists() else 0;"
+    python = [sys.executable, "-SE", "-c", write + "out.write_text('')"]
+    monkeypatch.setattr(Job, "command", lambda j, cache: [*python, str(j.output(cache))])
+    job, rank = merging(0.5), lambda j: 0
+    job.folder(tmp_path).mkdir()
+    (job.folder(tmp_path) / "old").touch()
+    assert set(jobs.run_all([job], tmp_path, 1, rank)) == {job}, "its first try: nothing of value was interrupted"
+    assert jobs.run_all([job], tmp_path, 1, rank) == {} and not (job.folder(tmp_path) / "old").exists()
 
 
 def test_every_experiment_is_declared():
