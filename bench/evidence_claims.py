@@ -634,7 +634,7 @@ EXPERIMENTS = {
             Claim("2 costs depth", "verified_steps", "concise 2", "concise off", 0.1, -1,
                   why="it hardly shortens the answers: a true step is worth more score than its tokens cost"),
             Claim("0.5 makes training steadier", "jitter", "concise 0.5", "concise off", 0.01, -1),
-            Claim("2 keeps the KL lower", "top_kl", "concise 2", "concise off", 0.2, -1),
+            Claim("2 keeps the KL lower" + NOTICED, "top_kl", "concise 2", "concise off", 0.2, -1),
             Claim("0.5 betters conversation", "conversation", "concise 0.5", "concise off", 0.02),
         ],
         lambda data: report.dots(data, ("length", "verified_steps", "jitter", "conversation")),
