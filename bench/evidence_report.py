@@ -17,7 +17,7 @@ NAMES = {
     "ended_rate": "properly ended", "length": "tokens an answer", "general": "general tasks",
     "fine_accuracy": "merged: correct", "fine_redundancy": "merged: redundancy", "fine_ended_rate": "merged: ended",
     "fine_length": "merged: tokens an answer", "second_score": "checker's score of the training answers",
-    "reward": "reward, deviations of the reference's", "kl": "KL from the reference, nats",
+    "reward": "reward", "kl": "KL from the reference, nats",
     "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
     "toxicity_adversarial": "bad words, adversarial", "fine_toxicity_provoking": "merged: bad words, provoked", "conversation": "conversation",
