@@ -600,9 +600,9 @@ class PPOTrainer:
         return values, *compute_gae(rewards, values, mask, o.discount, o.gae_lambda), learnt or None
 
     def update(self, batch, advantages, returns, old_values, graph=None, learnt=None):
-        """epochs x minibatches optimizer steps for each of actor and critic, or fewer by `kl_stop`; `graph` as `self.read`, `learnt` as
-        `self.judge` gave it. Every loss is a sum over a microbatch divided by the number of real tokens in the whole
-        minibatch (PPO_DETAILS 20)."""
+        """epochs x minibatches optimizer steps for each of actor and critic, or fewer by `kl_stop`; `graph` as
+        `self.read`, `learnt` as `self.judge` gave it. Every loss is a sum over a microbatch divided by the number of
+        real tokens in the whole minibatch (PPO_DETAILS 20)."""
         o, totals, ratio_first, done = self.options, {}, None, 0
         for rows in self.minibatches(batch):
             count = batch.response_mask[rows].sum()
@@ -625,10 +625,9 @@ class PPOTrainer:
 
     def minibatches(self, batch):
         """The rows of each optimizer step: `epochs` passes in random order, each minibatch by length."""
-        for _ in range(self.options.epochs):
-            for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(
-                self.options.minibatches
-            ):
+        o = self.options
+        for _ in range(o.epochs):
+            for rows in torch.randperm(len(batch.tokens), generator=self.generator).tensor_split(o.minibatches):
                 yield rows[batch.mask[rows.to(batch.mask.device)].sum(1).cpu().argsort()].to(batch.mask.device)
 
     def learn_values(self, batch, rows, returns, old_values, count):

@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
 import ppo  # noqa: E402
-import torch
 from c2f import ANALYTICAL  # noqa: E402
 from data import world  # noqa: E402
-from evidence_jobs import Job, metrics_of  # noqa: E402
+from evidence_jobs import DEVICE, Job, metrics_of  # noqa: E402
 
 GOLD = "bench.evidence_stages:gold"
 BASE = "data/tiny/base"
@@ -152,11 +151,6 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def smoothed(values, window=5):
-    """Mean of the `window` values that end at each place."""
-    return [mean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-
-
 # ---------------------------------------------------------------- the twelve
 
 
@@ -186,16 +180,21 @@ def hacking_jobs(line):
     }
 
 
+def highest(gold):
+    """Where a smoothed curve is highest, of the places whose window is full."""
+    return max(range(WINDOW - 1, len(gold)), key=lambda i: gold[i], default=len(gold) - 1)
+
+
 def hacking_across(seeds):
     """Over the last ten steps: reward, KL, gold. And what gold lost and the reward gained since gold stood highest.
     When that was is read off the other seeds: the highest of a noisy curve is above its end by chance alone."""
     for seed, arms in seeds.items():
         for name, arm in arms.items():
             others = [seeds[s][name]["series"] for s in seeds if s != seed or len(seeds) == 1]
-            gold = smoothed([mean(column) for column in zip(*(s["second_score"] for s in others))], WINDOW)
-            top = max(range(WINDOW - 1, len(gold)), key=lambda i: gold[i], default=len(gold) - 1)
+            gold = report.smoothed([mean(column) for column in zip(*(s["second_score"] for s in others))], WINDOW)
+            top = highest(gold)
             for metric, short in (("reward", "reward"), ("kl", "kl"), ("second_score", "gold")):
-                values = smoothed(arm["series"][metric], WINDOW)
+                values = report.smoothed(arm["series"][metric], WINDOW)
                 arm |= {f"{short}_end": values[-1], f"{short}_top": values[top]}
             arm["gold_lost"] = arm["gold_top"] - arm["gold_end"]
             arm["reward_gained"] = arm["reward_end"] - arm["reward_top"]
@@ -205,9 +204,9 @@ def hacking_words(data):
     """Where the mean over seeds of gold stands highest, arm by arm: a curve's place, which has no interval."""
     told = []
     for name in report.arms_of(data):
-        gold = smoothed(report.series(data, name, "second_score"), WINDOW)
-        kl = smoothed(report.series(data, name, "kl"), WINDOW)
-        top = max(range(WINDOW - 1, len(gold)), key=lambda i: gold[i], default=len(gold) - 1)
+        gold = report.smoothed(report.series(data, name, "second_score"), WINDOW)
+        kl = report.smoothed(report.series(data, name, "kl"), WINDOW)
+        top = highest(gold)
         where = "at the end" if top == len(gold) - 1 else f"at step {top + 1}, KL {kl[top]:.2f} nats"
         told.append(f"{name}: {where} ({gold[top]:.3f}, then {gold[-1]:.3f})")
     return f"Where the mean over seeds of gold is highest, and what is left of it: {'; '.join(told)}."
@@ -295,7 +294,7 @@ def limit_growth_derive(arms):
         arm["ktokens"] = sum(arm["series"]["tokens"]) / 1000
     most = max(arm["ktokens"] for arm in arms.values())
     for arm in arms.values():
-        gold = smoothed(arm["series"]["second_score"])
+        gold = report.smoothed(arm["series"]["second_score"])
         for level in LEVELS:
             reached = next((i for i, g in enumerate(gold) if g >= level), None)
             used = most if reached is None else sum(arm["series"]["tokens"][: reached + 1]) / 1000
@@ -365,9 +364,10 @@ def f_cm_words(data):
         f"A fit sees {mean([f['extensions'] for f in fits]):.0f} extensions of the other seeds, of which"
         f" {mean([f['recovered'] for f in fits]):.0%} recovered. Its weights, mean and range over the fits: {weights};"
         f" bias {spread([f['bias'] for f in fits])}. Log loss on the seed's own extensions: fitted"
-        f" {n(losses['fitted'], 3)}, default {n(losses['default'], 3)}, the bare rate {n(losses['rate'], 3)}. The default weights are what ships:"
-        " where nearly every extension recovers, the fitted ones say yes whenever the window is full, which takes more"
-        " tokens, makes no actor that is better by what matters, and would not hold when the reward oscillates."
+        f" {n(losses['fitted'], 3)}, default {n(losses['default'], 3)}, the bare rate {n(losses['rate'], 3)}. The"
+        " default weights are what ships: where nearly every extension recovers, the fitted ones say yes whenever the"
+        " window is full, which takes more tokens, makes no actor that is better by what matters, and would not hold"
+        " when the reward oscillates."
     )
 
 
@@ -450,11 +450,11 @@ SMOLLM2 = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/c2f/smollm2-135m-
 PUBLIC = Path("../shared/data")
 SIZES_REAL = {  # of the run on real language; steps of dynamic and fixed limits generate about the same tokens
     "cpu": dict(
-        reward=dict(steps=150, batch_pairs=8, lora_rank=16, train_lr=2e-4, test_pairs=400),
-        sft=dict(steps=60, batch_tokens=2048, lora_rank=16, train_lr=2e-4),
+        reward=dict(steps=120, batch_pairs=8, lora_rank=16, train_lr=2e-4, test_pairs=200),
+        sft=dict(steps=40, batch_tokens=2048, lora_rank=16, train_lr=2e-4),
         ppo=dict(batch=16, minibatches=2, lora_rank=16, lr=1e-4, critic_lr=2e-4),
-        plus=dict(steps=30, length_limit=64), dynamic=dict(steps=40), fixed=dict(steps=17),
-        ask=dict(items=300, talks=40),
+        plus=dict(steps=24, length_limit=64), dynamic=dict(steps=30), fixed=dict(steps=12),
+        ask=dict(items=200, talks=16),
     ),
     "cuda": dict(
         reward=dict(steps=600, batch_pairs=32, max_length=512, test_pairs=1000),
@@ -469,7 +469,7 @@ GAMMAS_REAL = (0.3, 0.5, 0.7, 1.0)
 
 def smollm2_jobs(line):
     """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT."""
-    size = SIZES_REAL["cuda" if torch.cuda.is_available() else "cpu"]
+    size = SIZES_REAL[DEVICE]
     real = dict(preset="smollm2-135m", model=str(SMOLLM2))
     reward = line.reward(**real, **size["reward"], preferences=str(PUBLIC / "hh_rlhf"))
     sft = line.sft(**real, **size["sft"], instructions=str(PUBLIC / "sft/alpaca/random_9k.json.gz"))
@@ -649,8 +649,9 @@ EXPERIMENTS = {
         " score of the training answers, mean of 5 steps, stood there (a quarter of the prompts is no question: there it"
         " counts what is polite); where it never did, those of the longest run of all.",
         limit_growth_jobs,
-        ANSWERS | FINE | FINE_TOXIC | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
-                          "reaches_0.8": ("reaches 0.8", 2), "reaches_0.9": ("reaches 0.9", 2)},
+        ANSWERS | FINE | FINE_TOXIC
+        | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
+           "reaches_0.8": ("reaches 0.8", 2), "reaches_0.9": ("reaches 0.9", 2)},
         [
             Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02,
                   why="whether an answer takes the steps shows in its first 32 tokens, and that is what PPO teaches here"),
@@ -685,8 +686,8 @@ EXPERIMENTS = {
         "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
         " step; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
         " score is back within 6 steps of an extension), and judged on this seed's; and growth at random moments, an"
-        " update in twelve, about as often as the default extends. Noise is added to the reward alone. Replay: the recorded metrics of"
-        " the default run with alternating noise, in f_CM's units, through the controller alone.",
+        " update in twelve, about as often as the default extends. Noise is added to the reward alone. Replay: the"
+        " recorded metrics of the default run with alternating noise, in f_CM's units, through the controller alone.",
         f_cm_jobs,
         {"extensions": ("extensions", 1), "holds": ("holds", 1), "last_limit": ("last limit", 0),
          "ktokens": ("thousand tokens", 0), "accuracy": ("correct", 3), "verified_steps": ("true steps", 2),

@@ -22,9 +22,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of evidence_stages.py
 LEAVES = {
     "pairs": "pairs.jsonl",

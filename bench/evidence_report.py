@@ -20,7 +20,8 @@ NAMES = {
     "reward": "reward", "kl": "KL from the reference, nats",
     "length_limit": "length limit, tokens",
     "toxicity_benign": "bad words, benign", "toxicity_provoking": "bad words, provoked",
-    "toxicity_adversarial": "bad words, adversarial", "fine_toxicity_provoking": "merged: bad words, provoked", "conversation": "conversation",
+    "toxicity_adversarial": "bad words, adversarial", "conversation": "conversation",
+    "fine_toxicity_provoking": "merged: bad words, provoked",
     "jitter": "change of reward a step", "top_kl": "highest KL, nats",
     "mean_loss": "new task: mean loss", "loss": "new task: loss", "forgot_accuracy": "forgot: correct",
     "pairs_accuracy": "held-out accuracy",
@@ -102,7 +103,8 @@ def claim_line(claim, data):
         effect += f" [{number(d['low'], digits)}, {number(d['high'], digits)}], {p}"
     b = claim.b if isinstance(claim.b, str) else claim.b[1] if isinstance(claim.b, tuple) else number(claim.b, 0)
     line = f'- **{said}**: {claim.text}. {NAMES.get(claim.metric, claim.metric)}, "{claim.a}" minus "{b}": {effect},'
-    line += f" {d['n']} {'item' if over_items(data) else 'seed'}{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
+    unit = "item" if over_items(data) else "seed"
+    line += f" {d['n']} {unit}{'s' * (d['n'] > 1)}; matters from {number(claim.margin, digits)}."
     if said == "holds" and not claim.kept and max(abs(d["low"]), abs(d["high"])) < claim.margin:
         line += " It holds, and is smaller than what would matter."
     return line + (f" Likely reason: {claim.why}." if said == "fails" and claim.why else "")
@@ -139,13 +141,13 @@ def canvas(rows, columns, width=5.0, height=3.8):
 
 
 def row_dots(axis, data, metric, named):
-    arms = arms_of(data)
+    arms, few = arms_of(data), not over_items(data)
     for row, arm in enumerate(arms):
         found = values(data, arm, metric)
         if not found:
             continue
         mean, half = stats.interval(found)
-        if not over_items(data):
+        if few:
             axis.plot(found, [row] * len(found), "o", color="tab:gray", alpha=0.5, markersize=3.5)
         axis.errorbar(mean, row, xerr=None if math.isnan(half) else half, fmt="s", color=COLOURS[row % 8], capsize=3)
     axis.set(title=NAMES.get(metric, metric), yticks=range(len(arms)), ylim=(len(arms) - 0.5, -0.5))
@@ -188,23 +190,28 @@ def curves_over(data, places, label, arms, metrics, others):
     return figure
 
 
+def trained(data):
+    """The arms that have curves."""
+    return [arm for arm, of in next(iter(data.values())).items() if "series" in of]
+
+
 def series(data, arm, metric):
     """The mean over seeds at each step, as far as all seeds go."""
     found = [arms[arm]["series"][metric] for arms in data.values()]
     return [sum(column) / len(column) for column in zip(*found)]
 
 
-def moving(values, window=5):
+def smoothed(values, window=5):
+    """Mean of the `window` values that end at each place."""
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
 def by_steps(axis, data, metric, arms=None, by_tokens=False):
     """Means of five steps along the training, or over the tokens generated where arms differ in those, with bands of
     95% intervals over seeds."""
-    arms = arms or [a for a in arms_of(data) if "series" in next(iter(data.values()))[a]]
-    for i, arm in enumerate(arms):
+    for i, arm in enumerate(arms or trained(data)):
         found = [run[arm]["series"][metric] for run in data.values()]
-        found = found if metric == "length_limit" else [moving(f) for f in found]
+        found = found if metric == "length_limit" else [smoothed(f) for f in found]
         means, halves = zip(*(stats.interval(column) for column in zip(*found)))
         xs, used = list(range(1, len(means) + 1)), 0.0
         if by_tokens:
@@ -253,7 +260,7 @@ def controller(data, amplitudes):
     )
     terms.set(title="what the logit is made of, same run", xlabel="PPO step", ylabel="weight x feature")
     terms.legend(fontsize="small")
-    for i, arm in enumerate(a for a in arms_of(data) if "series" in next(iter(data.values()))[a]):
+    for i, arm in enumerate(trained(data)):
         limits = series(data, arm, "length_limit")
         middle.plot(range(1, len(limits) + 1), limits, color=COLOURS[i], label=arm)
     middle.set(title="limit, mean over seeds", xlabel="PPO step", ylim=(0, None))
@@ -308,7 +315,7 @@ def main_line(found):
     return made and {seed: {arm: arms[arm] for arm in MAIN_LINE} for seed, arms in made["seeds"].items()}
 
 
-def headline(found, gammas):
+def headline(found):
     """The five models, where the limit goes and what it is worth, and what the merge's gamma does."""
     data, growth, merged = main_line(found), found["limit_growth"]["seeds"], found["gamma"]["seeds"]
     figure, axes = canvas(2, 3, 4.6, 3.3)
@@ -318,7 +325,8 @@ def headline(found, gammas):
     by_steps(axes[1][0], growth, "length_limit", arms=("dynamic", "fixed 32", "fixed 128"))
     axes[1][0].legend(fontsize="small")
     by_steps(axes[1][1], growth, "second_score", arms=("dynamic", "fixed 32", "fixed 128"), by_tokens=True)
-    over_places(axes[1][2], merged, gammas, [f"gamma {g}" for g in gammas], ("accuracy", "ended_rate", "redundancy"))
+    gammas = [float(arm.removeprefix("gamma ")) for arm in arms_of(merged)]
+    over_places(axes[1][2], merged, gammas, arms_of(merged), ("accuracy", "ended_rate", "redundancy"))
     axes[1][2].set(title="the merge, gamma coarse + (1 - gamma) sft", xlabel="gamma")
     axes[1][2].legend(fontsize="small")
     return figure
@@ -404,7 +412,7 @@ def has_headline(found):
     return all(found.get(name) for name in ("toxicity", "limit_growth", "gamma"))
 
 
-def write(docs, results, experiments, gammas):
+def write(docs, results, experiments):
     """EVIDENCE.md and evidence/NAME.png below `docs`."""
     found, folder = read(results, experiments), Path(docs) / "evidence"
     folder.mkdir(parents=True, exist_ok=True)
@@ -414,7 +422,7 @@ def write(docs, results, experiments, gammas):
             title = f"{experiments[name].title} ({over}; bars, bands: 95% intervals)"
             save(experiments[name].draw(made["seeds"]), title, folder / f"{name}.png")
     if has_headline(found):
-        save(headline(found, gammas), "The tiny world (bars, bands: 95% intervals over seeds)", folder / "headline.png")
+        save(headline(found), "The tiny world (bars, bands: 95% intervals over seeds)", folder / "headline.png")
     path = Path(docs) / "EVIDENCE.md"
     path.write_text(page(found, experiments), encoding="utf-8")
     print(path)

@@ -25,14 +25,13 @@ import merge as merger  # noqa: E402
 import ppo  # noqa: E402
 import toxicity  # noqa: E402
 from data import dialogue, read_preferences, split_by_first_turn, world  # noqa: E402
-from evidence_jobs import metrics_of  # noqa: E402
+from evidence_jobs import DEVICE, metrics_of  # noqa: E402
 from model import Linear, Mistral  # noqa: E402
 from reward import RewardModel  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
 from weights import write_json  # noqa: E402
 
 BASE = world.TINY / "base"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---------------------------------------------------------------- the checker
 
@@ -204,7 +203,7 @@ def ask(o):
 
 CHOICES = ("mmlu", "arc_easy", "piqa", "openbookqa", "commonsenseqa", "winograd")
 SHOWN = ("general", "general_mmlu", "accuracy", "verified_steps", "reward", "redundancy", "ended_rate", "length",
-         "toxicity_benign", "toxicity_provoking", "word_mass_benign", "word_mass_provoking", "refusal_adversarial",
+         "toxicity_benign", "toxicity_provoking", "word_mass_provoking", "refusal_adversarial",
          "refusal_xstest_safe")  # fmt: skip
 
 

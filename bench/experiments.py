@@ -24,10 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 import evidence_report as report  # noqa: E402
-import torch  # noqa: E402
 from common import machine  # noqa: E402
-from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, GAMMAS, MEAN_LIMIT, NUMBERS, Line, mean  # noqa: E402
-from evidence_jobs import closure, priorities, run_all  # noqa: E402
+from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, MEAN_LIMIT, NUMBERS, Line, mean  # noqa: E402
+from evidence_jobs import DEVICE, closure, priorities, run_all  # noqa: E402
 
 # ---------------------------------------------------------------- what it takes
 
@@ -86,7 +85,7 @@ def measure(name, seed_arms, cache, results, command):
     times = {}
     for job in used:
         times.setdefault(job.stage, []).append(job.record(cache)["seconds"])
-    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine("cuda" if torch.cuda.is_available() else "cpu"), "seeds": seeds,
+    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine(DEVICE), "seeds": seeds,
             "seconds_a_stage": {stage: round(mean(t), 1) for stage, t in sorted(times.items())},
             "core_hours": round(sum(map(sum, times.values())) / 3600, 2)}  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
@@ -173,7 +172,7 @@ def main(argv=None):
         for job, why in failed.items():
             print(f"failed: {job.stage} seed {job.seed} ({job.folder(o.cache).name}): {why}", file=sys.stderr)
     if o.report or names:
-        report.write(o.docs, o.results, EXPERIMENTS, GAMMAS)
+        report.write(o.docs, o.results, EXPERIMENTS)
     return 1 if failed else 0
 
 

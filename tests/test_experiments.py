@@ -317,7 +317,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     results.mkdir()
     made = synthetic()
     (results / "gamma.json").write_text(json.dumps(made))
-    report.write(tmp_path, results, experiments.EXPERIMENTS, claims.GAMMAS)
+    report.write(tmp_path, results, experiments.EXPERIMENTS)
     text = (tmp_path / "EVIDENCE.md").read_text()
     assert (tmp_path / "evidence/gamma.png").stat().st_size > 5000
     values = [arms["gamma 0.7"]["accuracy"] for arms in made["seeds"].values()]
@@ -331,7 +331,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     assert "answers correct at 0.7" in text
     for name in experiments.EXPERIMENTS:
         assert name == "gamma" or f"python bench/experiments.py {name}`" in text
-    report.write(tmp_path, results, experiments.EXPERIMENTS, claims.GAMMAS)
+    report.write(tmp_path, results, experiments.EXPERIMENTS)
     assert (tmp_path / "EVIDENCE.md").read_text() == text
 
 
