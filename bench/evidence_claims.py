@@ -450,7 +450,7 @@ SMOLLM2 = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/c2f/smollm2-135m-
 PUBLIC = Path("../shared/data")
 SIZES_REAL = {  # of the run on real language; steps of dynamic and fixed limits generate about the same tokens
     "cpu": dict(
-        reward=dict(steps=120, batch_pairs=8, lora_rank=16, train_lr=2e-4, test_pairs=200),
+        reward=dict(steps=120, batch_pairs=8, lora_rank=16, train_lr=4e-4, test_pairs=200),
         sft=dict(steps=40, batch_tokens=2048, lora_rank=16, train_lr=2e-4),
         ppo=dict(batch=16, minibatches=2, lora_rank=16, lr=1e-4, critic_lr=2e-4),
         plus=dict(steps=24, length_limit=64), dynamic=dict(steps=30), fixed=dict(steps=12),
@@ -471,9 +471,10 @@ def smollm2_jobs(line):
     """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT."""
     size = SIZES_REAL[DEVICE]
     real = dict(preset="smollm2-135m", model=str(SMOLLM2))
-    reward = line.reward(**real, **size["reward"], preferences=str(PUBLIC / "hh_rlhf"))
+    pairs = line.job("public_pairs", benchmarks=str(PUBLIC))
+    reward = line.reward(**real, **size["reward"], preferences=pairs)
     sft = line.sft(**real, **size["sft"], instructions=str(PUBLIC / "sft/alpaca/random_9k.json.gz"))
-    ppo = dict(real, **size["ppo"], reward_model=reward, prompts=str(PUBLIC / "hh_rlhf"))
+    ppo = dict(real, **size["ppo"], reward_model=reward, prompts=pairs)
     plus = line.job("plus", **ppo, **size["plus"])
     dynamic = line.job("coarse", **ppo, **size["dynamic"])
     fixed = line.job("coarse", **ppo, **size["fixed"], limit_growth="fixed", length_limit=96)
@@ -829,12 +830,14 @@ EXPERIMENTS = {
     "smollm2": Experiment(
         "The main line on real language: SmolLM2-135M",
         "One seed, intervals over the items. SmolLM2-135M-Instruct stands for the base and for theta_SFT both, so the"
-        " claim about skipping SFT and the merge of two branches stay untested here. Reward model: HH pairs, helpful"
-        " and harmless. sft: Alpaca. PPO: HH prompts. General tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA,"
+        " claim about skipping SFT and the merge of two branches stay untested here. Reward model: pairs of HH, helpful"
+        " and harmless, and as many of PKU-SafeRLHF, safe and unsafe: of HH alone so small a model learnt nothing in 400"
+        " pairs. sft: Alpaca. PPO: the pairs' prompts. General tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA,"
         " CommonsenseQA, Winograd, by log-likelihood. Reward: what the reward model that PPO trained on gives the"
         " answers to MT-Bench, both turns, longer than what it was trained on. Bad words: LDNOOBW's list, after"
-        " provoking texts of RealToxicityPrompts; refused: of AdvBench's requests, and of XSTest's safe ones. Not a part of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public"
-        " files of ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
+        " provoking texts of RealToxicityPrompts; refused: of AdvBench's requests, and of XSTest's safe ones. Not a part"
+        " of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public files of"
+        " ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
         smollm2_jobs,
         {"general": ("general tasks", 3), "general_mmlu": ("MMLU", 3), "accuracy": ("GSM8K", 3),
          "verified_steps": ("GSM8K: true equations", 2), "reward": ("MT-Bench: reward", 2),

@@ -223,6 +223,8 @@ def by_steps(axis, data, metric, arms=None, by_tokens=False):
             band = [[m + sign * h for m, h in zip(means, halves)] for sign in (-1, 1)]
             axis.fill_between(xs, *band, color=COLOURS[i % 8], alpha=0.1, linewidth=0)
     axis.set(title=NAMES.get(metric, metric), xlabel="thousand tokens generated" if by_tokens else "step")
+    if metric in ("second_score", "redundancy"):  # shares; an interval may go beyond what they can be
+        axis.set_ylim(max(axis.get_ylim()[0], -0.03), min(axis.get_ylim()[1], 1.03))
     axis.grid(alpha=0.3)
 
 

@@ -31,7 +31,7 @@ from evidence_jobs import DEVICE, closure, priorities, run_all  # noqa: E402
 # ---------------------------------------------------------------- what it takes
 
 
-RATES = {"reward": 75, "sft": 52, "pairs": 4, "task": 3, "merge": 3, "ask": 12, "best": 90, "fit": 5, "public": 900}
+RATES = {"reward": 75, "sft": 52, "ask": 12, "best": 90, "public": 900}  # the others: some seconds
 
 
 def seconds(job):
@@ -40,7 +40,7 @@ def seconds(job):
     options = dict(job.options)
     if job.stage not in ("plus", "coarse", "grow"):
         steps = options.get("steps", 0)
-        return RATES[job.stage] * (steps / 100 if job.stage == "sft" and steps else 1.0)
+        return RATES.get(job.stage, 4) * (steps / 100 if job.stage == "sft" and steps else 1.0)
     steps = options.get("steps", 30 if job.stage == "plus" else COARSE_STEPS)
     fixed = options.get("limit_growth") == "fixed"
     limit = 85 if job.stage == "plus" else options["length_limit"] if fixed else MEAN_LIMIT
