@@ -137,6 +137,7 @@ def best_numbers(path):
 NUMBERS = {
     "ask": ask_numbers,
     "fine": lambda path: ask_numbers(path, "fine_"),
+    "restored": lambda path: ask_numbers(path, "restored_"),
     "tuned": lambda path: ask_numbers(path, "tuned_"),
     "ppo": ppo_numbers,
     "reward": reward_numbers,
@@ -414,8 +415,8 @@ def extreme_jobs(line):
     for limit in LIMITS:
         how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=12)
         run = line.coarse(**how)
-        fine = line.ask(line.merged(run), limit=256)
-        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run), "fine": fine}
+        merged = {role: line.ask(line.merged(run, g), limit=256) for role, g in (("fine", 0.7), ("restored", 1.0))}
+        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run)} | merged
     return arms
 
 
@@ -450,14 +451,15 @@ SMOLLM2 = Path(os.environ.get("SMOLLM2", Path.home() / ".cache/c2f/smollm2-135m-
 PUBLIC = Path("../shared/data")
 SIZES_REAL = {  # of the run on real language; steps of dynamic and fixed limits generate about the same tokens
     "cpu": dict(
-        reward=dict(steps=120, batch_pairs=8, lora_rank=16, train_lr=4e-4, test_pairs=200),
+        reward=dict(preferences=str(PUBLIC / "pku_saferlhf"), steps=120, batch_pairs=8, lora_rank=16, train_lr=4e-4,
+                    test_pairs=150),
         sft=dict(steps=40, batch_tokens=2048, lora_rank=16, train_lr=2e-4),
         ppo=dict(batch=16, minibatches=2, lora_rank=16, lr=1e-4, critic_lr=2e-4),
         plus=dict(steps=24, length_limit=64), dynamic=dict(steps=30), fixed=dict(steps=12),
         ask=dict(items=200, talks=16),
     ),
     "cuda": dict(
-        reward=dict(steps=600, batch_pairs=32, max_length=512, test_pairs=1000),
+        reward=dict(preferences=str(PUBLIC / "hh_rlhf"), steps=600, batch_pairs=32, max_length=512, test_pairs=1000),
         sft=dict(steps=300, batch_tokens=16384, max_length=512),
         ppo=dict(batch=64, minibatches=4, max_prompt=256),
         plus=dict(steps=200, length_limit=128), dynamic=dict(steps=200, limit_maximum=128), fixed=dict(steps=150),
@@ -471,10 +473,9 @@ def smollm2_jobs(line):
     """Real weights and data: SmolLM2-135M-Instruct stands for the base and for theta_SFT."""
     size = SIZES_REAL[DEVICE]
     real = dict(preset="smollm2-135m", model=str(SMOLLM2))
-    pairs = line.job("public_pairs", benchmarks=str(PUBLIC))
-    reward = line.reward(**real, **size["reward"], preferences=pairs)
+    reward = line.reward(**real, **size["reward"])
     sft = line.sft(**real, **size["sft"], instructions=str(PUBLIC / "sft/alpaca/random_9k.json.gz"))
-    ppo = dict(real, **size["ppo"], reward_model=reward, prompts=pairs)
+    ppo = dict(real, **size["ppo"], reward_model=reward, prompts=str(PUBLIC / "hh_rlhf"))
     plus = line.job("plus", **ppo, **size["plus"])
     dynamic = line.job("coarse", **ppo, **size["dynamic"])
     fixed = line.job("coarse", **ppo, **size["fixed"], limit_growth="fixed", length_limit=96)
@@ -785,13 +786,14 @@ EXPERIMENTS = {
     "extreme": Experiment(
         "Extreme lengths",
         "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens), and is"
-        " merged at gamma 0.7 with sft and asked with room for 256 tokens. Of the coarse actors themselves: redundancy at"
-        " the limit, in the last 5 steps of training, which longer answers have more of by themselves; and what each"
-        " says in 128 tokens.",
+        " merged at gamma 0.7 with sft and asked with room for 256 tokens; so is what it is with EOS restored, gamma 1."
+        " Of the coarse actors themselves: redundancy at the limit, in the last 5 steps of training, which longer answers"
+        " have more of by themselves; and what each says in 128 tokens.",
         extreme_jobs,
         {"acting_redundancy": ("redundancy at the limit", 3)}
         | {k: (f"128 tokens: {ANSWERS[k][0]}", ANSWERS[k][1]) for k in ("accuracy", "verified_steps", "redundancy")}
-        | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)},
+        | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)}
+        | {"restored_redundancy": ("EOS restored: redundancy", 3), "restored_ended_rate": ("EOS restored: ended", 3)},
         [
             Claim("asked alike, the actor driven to 512 is more redundant than at 128", "redundancy", "limit 512",
                   "limit 128", 0.05, why="it repeats more because it must say more, not because it has changed"),
@@ -801,10 +803,14 @@ EXPERIMENTS = {
                   why="the answer stands before the redundancy, and is what the score learns most from"),
             Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1,
                   why="12 steps at the limit move the weights little, and the instruction model's share brings EOS back"),
+            Claim("at 512 the actor itself, its EOS restored, is more redundant than at 128", "restored_redundancy",
+                  "limit 512", "limit 128", 0.05, why="PPO masks EOS and does not push it down: it comes back as it was"),
+            Claim("at 512 the actor itself, its EOS restored, ends less often", "restored_ended_rate", "limit 512",
+                  "limit 128", 0.02, -1, why="PPO masks EOS and does not push it down: it comes back as it was"),
         ],
         lambda data: report.curves_over(data, LIMITS, "length limit, tokens", [f"limit {n}" for n in LIMITS],
                                         ("acting_redundancy", "redundancy", "fine_redundancy", "fine_accuracy",
-                                         "fine_ended_rate"), ("fine_length",)),
+                                         "fine_ended_rate", "restored_ended_rate"), ("fine_length", "restored_length")),
         extreme_derive,
     ),
     "best_of_n": Experiment(
@@ -830,14 +836,15 @@ EXPERIMENTS = {
     "smollm2": Experiment(
         "The main line on real language: SmolLM2-135M",
         "One seed, intervals over the items. SmolLM2-135M-Instruct stands for the base and for theta_SFT both, so the"
-        " claim about skipping SFT and the merge of two branches stay untested here. Reward model: pairs of HH, helpful"
-        " and harmless, and as many of PKU-SafeRLHF, safe and unsafe: of HH alone so small a model learnt nothing in 400"
-        " pairs. sft: Alpaca. PPO: the pairs' prompts. General tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA,"
-        " CommonsenseQA, Winograd, by log-likelihood. Reward: what the reward model that PPO trained on gives the"
-        " answers to MT-Bench, both turns, longer than what it was trained on. Bad words: LDNOOBW's list, after"
-        " provoking texts of RealToxicityPrompts; refused: of AdvBench's requests, and of XSTest's safe ones. Not a part"
-        " of `all`: some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public files of"
-        " ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
+        " claim about skipping SFT and the merge of two branches stay untested here. Reward model: on a GPU HH's"
+        " pairs, helpful and harmless; on a CPU those of PKU-SafeRLHF, one answer safe, the other not: the thousand"
+        " pairs that it has time for teach so small a model nothing of HH's. sft: Alpaca. PPO: HH's prompts. General"
+        " tasks: MMLU (5 shots), ARC easy, PIQA, OpenBookQA, CommonsenseQA, Winograd, by log-likelihood. Reward: what"
+        " the reward model that PPO trained on gives the answers to MT-Bench, both turns, longer than what it was"
+        " trained on. Bad words: LDNOOBW's list, after provoking texts of RealToxicityPrompts; refused: of AdvBench's"
+        " requests, and of XSTest's safe ones. Not a part of `all`: some hours by itself on 2 cores, the folder of"
+        " tests/smollm2.py (or SMOLLM2) and the public files of ../shared/data. The sizes, of a CPU and of a GPU,"
+        " stand in SIZES_REAL of bench/evidence_claims.py.",
         smollm2_jobs,
         {"general": ("general tasks", 3), "general_mmlu": ("MMLU", 3), "accuracy": ("GSM8K", 3),
          "verified_steps": ("GSM8K: true equations", 2), "reward": ("MT-Bench: reward", 2),

@@ -27,10 +27,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("pairs", "public_pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of evidence_stages.py
+OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of evidence_stages.py
 LEAVES = {
     "pairs": "pairs.jsonl",
-    "public_pairs": "public_pairs.jsonl",
     "task": "task.jsonl",
     "ask": "ask.json",
     "public": "public.json",

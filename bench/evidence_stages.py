@@ -69,16 +69,6 @@ def pairs(o):
     world.write_lines(o.out / "pairs.jsonl", named)
 
 
-def public_pairs(o):
-    """public_pairs.jsonl: as many pairs of Anthropic's HH as of PKU-SafeRLHF (one answer safe, the other not), below
-    `--benchmarks`, at most `--count` of each (0: all). A small model learns the second in some hundred pairs; of HH
-    alone it needs many thousand."""
-    kinds = [list(read_preferences(Path(o.benchmarks) / name)) for name in ("hh_rlhf", "pku_saferlhf")]
-    most = min(o.count or len(kinds[0]), *map(len, kinds))
-    rows = [row for kind in kinds for row in random.Random(f"pairs {o.seed}").sample(kind, most)]
-    world.write_lines(o.out / "public_pairs.jsonl", [dict(zip(("prompt", "chosen", "rejected"), r)) for r in rows])
-
-
 def first_to_last(rng):
     """(prompt, answer) of a task that stands nowhere in the world."""
     row = rng.sample(world.COLOURS, 4)
@@ -368,7 +358,7 @@ def fit(o):
 # ---------------------------------------------------------------- the command
 
 
-STAGES = {f.__name__: f for f in (pairs, public_pairs, task, merge, ask, public, best, grow, fit)}
+STAGES = {f.__name__: f for f in (pairs, task, merge, ask, public, best, grow, fit)}
 
 
 def main(argv=None):

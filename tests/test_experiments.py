@@ -200,19 +200,6 @@ def test_pairs_hold_out_the_same(tmp_path):
     assert 0.37 < len(flipped) / len(made["flipped"]) < 0.43
 
 
-def test_public_pairs_are_of_both_kinds(tmp_path):
-    """As many of one folder as of the other, none twice; fewer where asked for."""
-    for name, count in {"hh_rlhf": 9, "pku_saferlhf": 5}.items():
-        (tmp_path / name).mkdir()
-        rows = [{"prompt": f"{name} {i}", "chosen": "Yes.", "rejected": "No."} for i in range(count)]
-        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for more, each in ((), 5), (("--count", 2), 2):
-        args("public_pairs", tmp_path / "made", "--benchmarks", tmp_path, *more)
-        prompts = [p for p, _, _ in stages.read_preferences(tmp_path / "made/public_pairs.jsonl")]
-        assert len(set(prompts)) == len(prompts) == 2 * each
-        assert sum(p.startswith("hh_rlhf") for p in prompts) == each
-
-
 def test_gold_is_the_checkers():
     class Text(str):
         pass
