@@ -550,7 +550,8 @@ EXPERIMENTS = {
         "The reward model fixed: where the reward rises and the truth falls",
         "PPO from the base, 50 steps, no length term, with a reward model of 300 pairs (small) or of all (full), and"
         " the price beta of a nat of KL. Reward in deviations of the reference's scores. Gold: the checker's score of the"
-        " training answers, which is never trained on. Figures are means over ten steps; lost: from where gold stood highest, in the other seeds, to the end.",
+        " training answers, which is never trained on. Figures are means over ten steps; lost: from where gold stood"
+        " highest, in the other seeds, to the end.",
         hacking_jobs,
         {"reward_end": ("reward", 2), "kl_end": ("KL, nats", 2), "gold_end": ("gold", 3), "gold_lost": ("gold lost", 3),
          "reward_gained": ("reward gained meanwhile", 3)},
