@@ -803,7 +803,7 @@ EXPERIMENTS = {
             Claim("at 512 the merged actor is right less often", "fine_accuracy", "limit 512", "limit 128", 0.02, -1,
                   why="the answer stands before the redundancy, and is what the score learns most from"),
             Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1,
-                  why="12 steps at the limit move the weights little, and the instruction model's share brings EOS back"),
+                  why="12 steps at the limit move the weights little, and EOS was masked, not pushed down"),
             Claim("at 512 the actor itself, its EOS restored, is more redundant than at 128", "restored_redundancy",
                   "limit 512", "limit 128", 0.05, why="PPO masks EOS and does not push it down: it comes back as it was"),
             Claim("at 512 the actor itself, its EOS restored, ends less often", "restored_ended_rate", "limit 512",
