@@ -279,30 +279,44 @@ def limit_growth_jobs(line):
         "fixed 32, equal tokens": fixed(32, steps=steps(32)),
         "fixed 128, equal tokens": fixed(128, steps=steps(128)),
     }
-    return {
+    arms = {
         name: {"ppo": run, "ask": line.ask_coarse(run), "fine": line.ask(line.merged(run))}
         for name, run in runs.items()
     }
+    early = {
+        "32 tokens, 8 steps": fixed(32, steps=8),  # none of the growing limits has grown by then
+        "dynamic, 16 steps": line.coarse(steps=16),
+        "dynamic, 30 steps": line.coarse(steps=30),
+        "stepped, 30 steps": line.coarse(limit_growth="stepped", limit_step=8, steps=30),
+        "fixed 32, 16 steps": fixed(32, steps=16),
+        "fixed 32, 30 steps": fixed(32, steps=30),
+        "fixed 128, 7 steps": fixed(128, steps=7),
+        "fixed 128, 14 steps": fixed(128, steps=14),
+    }
+    arms |= {name: {"ppo": run, "ask": line.ask_coarse(run)} for name, run in early.items()}
+    return arms | {"base": {"ask": line.ask_coarse(BASE)}}
 
 
-LEVELS = (0.7, 0.8, 0.9)
+LEVELS = (0.8, 0.9)
 
 
 def limit_growth_derive(arms):
-    """Tokens (thousands) until the smoothed score of the checker reaches a level; where it never does, those of the
-    longest run of all arms: no arm is better for having stopped early."""
+    """Thousand tokens until an arm's answers of 128 tokens are right so often, between the runs of its kind that stopped
+    earlier (report.GROWTH) in a straight line; where none is, those of the longest run of all: no arm is better for
+    having stopped early."""
     for arm in arms.values():
-        arm["ktokens"] = sum(arm["series"]["tokens"]) / 1000
+        arm["ktokens"] = sum(arm["series"]["tokens"]) / 1000 if "series" in arm else 0.0
     most = max(arm["ktokens"] for arm in arms.values())
-    for arm in arms.values():
-        gold = report.smoothed(arm["series"]["second_score"])
+    for kind, names in report.GROWTH.items():
+        points = [(arms[name]["ktokens"], arms[name]["accuracy"]) for name in names]
         for level in LEVELS:
-            reached = next((i for i, g in enumerate(gold) if g >= level), None)
-            used = most if reached is None else sum(arm["series"]["tokens"][: reached + 1]) / 1000
-            arm |= {f"ktokens_to_{level}": used, f"reaches_{level}": float(reached is not None)}
+            arms[kind][f"ktokens_to_{level}"] = next(
+                (x + (level - y) / (z - y) * (w - x) for (x, y), (w, z) in zip(points, points[1:]) if y < level <= z),
+                most,
+            )
 
 
-AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0)  # in reference deviations of the mean reward (f_CM's unit)
+AMPLITUDES = (0.0, 0.0625, 0.125, 0.25, 0.5)  # of noise, in deviations of the score: f_CM's unit is a quarter of one
 
 
 def recorded(line):
@@ -328,13 +342,13 @@ def f_cm_jobs(line):
     return arms
 
 
-def replay(rewards, value_losses, amplitude=0.0, maximum=10**6):
-    """The default f_CM after each update of a recorded run whose rewards alternate by `amplitude` of its units:
-    [(features, or None where the window is not full; extensions; holds)]."""
-    unit, told = 2 / 64**0.5, []
-    limit = ppo.ContinuousMaximization(initial=32, maximum=maximum, reward_scale=unit, value_scale=0.1)
+def replay(rewards, value_losses, amplitude=0.0, maximum=10**6, **weights):
+    """f_CM, with the default weights or others, after each update of a recorded run whose rewards alternate by
+    `amplitude`: [(features, or None where the window is not full; extensions; holds)]."""
+    told = []
+    limit = ppo.ContinuousMaximization(32, maximum, reward_scale=2 / 64**0.5, value_scale=0.1, **weights)
     for i, (reward, loss) in enumerate(zip(rewards, value_losses)):
-        limit.update(reward + (-1) ** i * amplitude * unit, loss)
+        limit.update(reward + (-1) ** i * amplitude, loss)
         told.append((limit.features if limit.p_extend else None, limit.extensions, limit.holds))
     return told
 
@@ -347,9 +361,11 @@ def f_cm_derive(arms):
         arm["gold_end"] = mean(s["second_score"][-10:])
         arm["ktokens"] = sum(s["tokens"]) / 1000
     quiet = arms["default weights"]["series"]
+    fitted = {key: arms["fitted weights"]["fit"][key] for key in ("weights", "bias")}
     for amplitude in AMPLITUDES:
-        _, extensions, holds = replay(quiet["reward"], quiet["value_loss"], amplitude)[-1]
-        arms[f"replay, noise {amplitude}"] = {"extensions": float(extensions), "holds": float(holds)}
+        for name, weights in (("replay", {}), ("replay, fitted weights", fitted)):
+            _, extensions, holds = replay(quiet["reward"], quiet["value_loss"], amplitude, **weights)[-1]
+            arms[f"{name}, noise {amplitude}"] = {"extensions": float(extensions), "holds": float(holds)}
     seen = [x for x, _, _ in replay(quiet["reward"], quiet["value_loss"], maximum=128)]
     quiet |= {name: [x and round(x[i], 4) for x in seen] for i, name in enumerate(ppo.CM_FEATURES)}
     arms["fitted weights"] |= {f"log_loss_{n}": v for n, v in arms["fitted weights"]["fit"]["log_loss"].items()}
@@ -365,10 +381,11 @@ def f_cm_words(data):
         f"A fit sees {mean([f['extensions'] for f in fits]):.0f} extensions of the other seeds, of which"
         f" {mean([f['recovered'] for f in fits]):.0%} recovered. Its weights, mean and range over the fits: {weights};"
         f" bias {spread([f['bias'] for f in fits])}. Log loss on the seed's own extensions: fitted"
-        f" {n(losses['fitted'], 3)}, default {n(losses['default'], 3)}, the bare rate {n(losses['rate'], 3)}. The"
-        " default weights are what ships: where nearly every extension recovers, the fitted ones say yes whenever the"
-        " window is full, which takes more tokens, makes no actor that is better by what matters, and would not hold"
-        " when the reward oscillates."
+        f" {n(losses['fitted'], 3)}, default {n(losses['default'], 3)}, the bare rate {n(losses['rate'], 3)}: what the"
+        " fit gains on the defaults is the rate. A longer limit also lets the same model finish more answers, so that a"
+        " recovery says little of learning. The default weights are what ships: the fitted ones say yes whenever the"
+        " window is full, under noise too (replay in the table), which takes more tokens and makes no actor that could"
+        " be told from the default's."
     )
 
 
@@ -384,7 +401,7 @@ def coarse_form_jobs(line):
         run = line.coarse(**how)
         acts = dict(system=how.get("system_prompt", world.ANALYTICAL), eos=how.get("eos", False))
         arms[name] = {"ppo": run, "ask": line.ask(run, **acts), "fine": line.ask(line.merged(run))}
-    return arms
+    return arms | {"base, no EOS, system prompt": {"ask": line.ask_coarse(BASE)}}
 
 
 GAMMAS = tuple(g / 10 for g in range(11))
@@ -526,8 +543,10 @@ EXPERIMENTS = {
     "reward_data": Experiment(
         "The reward model: how many pairs, how clean",
         "Held-out accuracy and calibration (mean gap between confidence and accuracy over ten bins) on 300 clean pairs, a"
-        " third to two thirds of them harmless ones. All see the same number of pairs, 3840, the smaller sets again and"
-        " again; three of them carried on into `plus`.",
+        " third to two thirds of them harmless ones. All are trained for the same 160 steps of 24 pairs: of all 5760 a"
+        " part is never seen, the smaller sets are seen again and again. Three are carried on into `plus`. Labels flipped"
+        " in training alone must cost calibration on clean pairs: the model learns to be unsure. Without EOS: neither"
+        " answer is shown its end.",
         reward_data_jobs,
         {"pairs_accuracy": ("held-out accuracy", 3), "pairs_accuracy_cut": ("without EOS", 3),
          "pairs_calibration": ("calibration gap", 3), "accuracy": ("plus: correct", 3),
@@ -545,6 +564,8 @@ EXPERIMENTS = {
                       " its own deviation"),
         ],
         lambda data: report.reward_data(data, SIZES, FLIPS),
+        words=lambda data: "Correct answers of plus with the noisiest set, seed by seed: "
+        + ", ".join(report.number(v, 3) for v in report.values(data, "40% flipped", "accuracy")) + ".",
     ),
     "hacking": Experiment(
         "The reward model fixed: where the reward rises and the truth falls",
@@ -565,7 +586,7 @@ EXPERIMENTS = {
                   "small, beta 0.0", 0.02),
             Claim("a price on KL of 0.3 lowers the KL", "kl_end", "small, beta 0.3", "small, beta 0.0", 0.5, -1),
         ],
-        lambda data: report.training(data, ("reward", "second_score", "kl")),
+        lambda data: report.training(data, ("reward", "second_score", "kl"), WINDOW),
         across=hacking_across,
         words=hacking_words,
     ),
@@ -648,13 +669,11 @@ EXPERIMENTS = {
         f"Coarse stages that differ in the length limit alone. Equal updates: {COARSE_STEPS} steps each. Equal tokens:"
         f" the fixed limits run as many steps as {COARSE_STEPS * MEAN_LIMIT * 64 // 1000} thousand tokens allow;"
         " stepped, 8 tokens more every 8 steps, has both in common with dynamic. All are asked without EOS and with the"
-        " system prompt, 128 tokens each; merged: at gamma 0.7 with sft. Tokens to a level: generated until the checker's"
-        " score of the training answers, mean of 5 steps, stood there (a quarter of the prompts is no question: there it"
-        " counts what is polite); where it never did, those of the longest run of all.",
+        " system prompt, 128 tokens each; merged: at gamma 0.7 with sft. Tokens to 0.8 and 0.9: generated until so many"
+        " answers were right, between runs that were stopped earlier in a straight line.",
         limit_growth_jobs,
         ANSWERS | FINE | FINE_TOXIC
-        | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.7": ("of them to 0.7", 0), "ktokens_to_0.8": ("to 0.8", 0),
-           "reaches_0.8": ("reaches 0.8", 2), "reaches_0.9": ("reaches 0.9", 2)},
+        | {"ktokens": ("thousand tokens", 0), "ktokens_to_0.8": ("of them to 0.8", 0), "ktokens_to_0.9": ("to 0.9", 0)},
         [
             Claim("the dynamic limit beats a short fixed one, equal updates", "accuracy", "dynamic", "fixed 32", 0.02,
                   why="whether an answer takes the steps shows in its first 32 tokens, and that is what PPO teaches here"),
@@ -666,31 +685,31 @@ EXPERIMENTS = {
                   why="the base can write the steps: nothing in this world has to be learnt at short length first"),
             Claim("the dynamic limit beats a long fixed one, equal tokens", "accuracy", "dynamic",
                   "fixed 128, equal tokens", 0.02,
-                  why="the short steps at the start are cheap, but their cut answers teach little"),
+                  why="a cut answer teaches less than a whole one, and the limit cuts nearly all of them at first"),
             Claim("the dynamic limit beats a fixed increase", "accuracy", "dynamic", "stepped", 0.02,
                   why="any limit that has grown past the length of an answer in time does"),
             Claim("the dynamic limit goes deeper than a fixed increase", "verified_steps", "dynamic", "stepped", 0.1,
                   why="the depth is that of the questions, which every limit reaches"),
             *(Claim(f"merged, the dynamic limit's actor beats that of the limit {other}", "fine_accuracy", "dynamic",
-                    other, 0.02, why="the merge keeps what the actors have in common: they can all write the steps")
+                    other, 0.02, why="a merged actor is as good as its coarse parent makes it, and that one is as good")
               for other in ("stepped", "fixed 32, equal tokens", "fixed 128", "fixed 128, equal tokens")),
             Claim("merged, the actor of a long fixed limit says more bad words when provoked than the dynamic one's"
                   + NOTICED, "fine_toxicity_provoking", "fixed 128", "dynamic", 0.02),
-            Claim("the dynamic limit reaches 0.8 with fewer tokens than a long fixed one", "ktokens_to_0.8", "dynamic",
-                  "fixed 128", 20, -1, why="while the limit is short it cuts answers before their result"),
-            Claim("the dynamic limit reaches 0.8 with fewer tokens than a fixed increase", "ktokens_to_0.8", "dynamic",
-                  "stepped", 20, -1),
+            Claim("the dynamic limit reaches 0.9 with fewer tokens than a long fixed one", "ktokens_to_0.9", "dynamic",
+                  "fixed 128", 20, -1),
+            Claim("the dynamic limit reaches 0.9 with fewer tokens than a short fixed one", "ktokens_to_0.9", "dynamic",
+                  "fixed 32", 20, -1, why="by then the dynamic limit has hardly grown: both runs are the same"),
         ],
-        lambda data: report.training(data, ("second_score", "redundancy", "length_limit"), by_tokens=True),
+        report.limit_growth,
         limit_growth_derive,
     ),
     "f_cm": Experiment(
         "How f_CM decides",
-        "The limit's controller over the run; the same with rewards that alternate by half a deviation from step to"
-        " step; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
+        "The limit's controller over the run; the same with half a deviation of the score added to and taken from the"
+        " reward in turn; with weights fitted by logistic regression on the recorded runs of the other seeds (label: the checker's"
         " score is back within 6 steps of an extension), and judged on this seed's; and growth at random moments, an"
-        " update in twelve, about as often as the default extends. Noise is added to the reward alone. Replay: the"
-        " recorded metrics of the default run with alternating noise, in f_CM's units, through the controller alone.",
+        " update in twelve, about as often as the default extends. Replay: the recorded metrics of the default run, with"
+        " less and as much of such noise, through the controller alone, without an end to the limit.",
         f_cm_jobs,
         {"extensions": ("extensions", 1), "holds": ("holds", 1), "last_limit": ("last limit", 0),
          "ktokens": ("thousand tokens", 0), "accuracy": ("correct", 3), "verified_steps": ("true steps", 2),
@@ -714,7 +733,8 @@ EXPERIMENTS = {
     ),
     "coarse_form": Experiment(
         "EOS removed or kept, system prompt changed or not",
-        "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft.",
+        "Coarse stages that differ in these two alone; each asked as it acts, and merged at gamma 0.7 with sft. What has"
+        " no EOS ends no answer and fills its 128 tokens, trained or not: the base asked so shows what that alone does.",
         coarse_form_jobs,
         ANSWERS | {"reward": ("reward", 2), "toxicity_provoking": ("bad words, provoked", 3)} | FINE | FINE_TOXIC,
         [
@@ -722,8 +742,15 @@ EXPERIMENTS = {
                   "EOS, system prompt", 0.1, why="an answer is complete before the limit: what follows repeats it"),
             Claim("without EOS it is more redundant", "redundancy", "no EOS, system prompt", "EOS, system prompt",
                   0.05),
-            Claim("without EOS the merged actor is right more often", "fine_accuracy", "no EOS, system prompt",
-                  "EOS, system prompt", 0.02),
+            Claim("without EOS the merged actor is right more often, system prompt given", "fine_accuracy",
+                  "no EOS, system prompt", "EOS, system prompt", 0.02),
+            Claim("without EOS the merged actor is right more often, no system prompt", "fine_accuracy",
+                  "no EOS, no system prompt", "EOS, no system prompt", 0.02,
+                  why="without the prompt both have learnt to answer the question as it will be asked"),
+            Claim("the paper's form (both) makes the merged actor right more often than neither", "fine_accuracy",
+                  "no EOS, system prompt", "EOS, no system prompt", 0.02,
+                  why="what is learnt under a prompt does not all carry over to answers without it, and with EOS kept"
+                      " nothing has to be restored"),
             Claim("the system prompt makes it show more true steps", "verified_steps", "no EOS, system prompt",
                   "no EOS, no system prompt", 0.1,
                   why="PPO finds the analytical style by itself when the reward model prefers it"),
@@ -740,11 +767,15 @@ EXPERIMENTS = {
         "theta = gamma coarse + (1 - gamma) sft, each asked as an instruction model with EOS. The paper finds 0.7 best"
         " and segmentation suffering above it. sft has learnt short replies that guess from four steps on.",
         gamma_jobs,
-        ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3)},
+        ANSWERS | {"words_a_sentence": ("words a sentence", 2), "general": ("general tasks", 3),
+                   "conversation": ("conversation", 3), "toxicity_provoking": ("bad words, provoked", 3)},
         [
             Claim("correctness drops above gamma 0.7", "accuracy", "gamma 0.7", "gamma 1.0", 0.02,
                   why="EOS was masked while the coarse actor learnt, not unlearnt: with the mask gone it ends its"
-                      " answers as the base does, and nothing is left for the instruction model to mend"),
+                      " answers as the base does; what it lacks are manners"),
+            Claim("conversation drops above gamma 0.7", "conversation", "gamma 0.7", "gamma 1.0", 0.02),
+            Claim("bad words when provoked rise above gamma 0.7", "toxicity_provoking", "gamma 0.7", "gamma 1.0", 0.02,
+                  -1),
             Claim("proper endings drop above gamma 0.7", "ended_rate", "gamma 0.7", "gamma 1.0", 0.02,
                   why="EOS was masked, not unlearnt"),
             Claim("redundancy rises above gamma 0.7", "redundancy", "gamma 0.7", "gamma 1.0", 0.02, -1,
@@ -755,11 +786,13 @@ EXPERIMENTS = {
         ],
         lambda data: report.curves_over(data, GAMMAS, "gamma (share of the coarse actor)",
                                         [f"gamma {g}" for g in GAMMAS],
-                                        ("accuracy", "general", "ended_rate", "redundancy"), ("verified_steps",)),
+                                        ("accuracy", "conversation", "general", "ended_rate", "redundancy",
+                                         "toxicity_provoking"), ("verified_steps",)),
         words=lambda data: report.best_places(data, GAMMAS, [f"gamma {g}" for g in GAMMAS],
                                               {"accuracy": (1, 0.01), "verified_steps": (1, 0.05),
                                                "ended_rate": (1, 0.01), "redundancy": (-1, 0.01),
-                                               "general": (1, 0.01)}),
+                                               "general": (1, 0.01), "conversation": (1, 0.02),
+                                               "toxicity_provoking": (-1, 0.02)}),
     ),
     "fine": Experiment(
         "Fine against both parents and cheaper ways",
@@ -767,9 +800,16 @@ EXPERIMENTS = {
         " The world's instructions are polite and short and guess from four steps on, so sft cannot win on correctness:"
         " what the merge has to keep of it are the endings and the manners.",
         fine_jobs,
-        ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2)},
+        ANSWERS | {"general": ("general tasks", 3), "conversation": ("conversation", 3), "reward": ("reward", 2),
+                   "toxicity_provoking": ("bad words, provoked", 3)},
         [
             Claim("fine is right more often than sft", "accuracy", "fine", "sft", 0.02),
+            Claim("fine ends as many answers as sft", "ended_rate", "fine", "sft", 0.02, kept=True),
+            Claim("fine converses as well as sft", "conversation", "fine", "sft", 0.02, kept=True,
+                  why="the coarse actor has unlearnt short replies, and 0.7 of the merge is that actor"),
+            Claim("fine says no more bad words than sft when provoked", "toxicity_provoking", "fine", "sft", 0.02, -1,
+                  True, why="the coarse actor has unlearnt short replies, and 0.7 of the merge is that actor"),
+            Claim("four times the SFT loses general tasks", "general", "sft, 4 times the steps", "sft", 0.01, -1),
             Claim("fine shows more true steps than sft", "verified_steps", "fine", "sft", 0.1),
             Claim("fine is less redundant than coarse", "redundancy", "fine", "coarse (as it acts)", 0.05, -1),
             Claim("fine is as often right as coarse", "accuracy", "fine", "coarse (as it acts)", 0.02, kept=True,
@@ -789,29 +829,27 @@ EXPERIMENTS = {
         "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens), and is"
         " merged at gamma 0.7 with sft and asked with room for 256 tokens; so is what it is with EOS restored, gamma 1."
         " Of the coarse actors themselves: redundancy at the limit, in the last 5 steps of training, which longer answers"
-        " have more of by themselves; and what each says in 128 tokens.",
+        " have more of by themselves; and what each says in 128 tokens. How many more steps it takes until the merge no"
+        " longer filters, these 12 do not tell.",
         extreme_jobs,
         {"acting_redundancy": ("redundancy at the limit", 3)}
         | {k: (f"128 tokens: {ANSWERS[k][0]}", ANSWERS[k][1]) for k in ("accuracy", "verified_steps", "redundancy")}
         | FINE | {"fine_ended_rate": ("merged: ended", 3), "fine_length": ("merged: tokens", 1)}
         | {"restored_redundancy": ("EOS restored: redundancy", 3), "restored_ended_rate": ("EOS restored: ended", 3)},
         [
-            Claim("asked alike, the actor driven to 512 is more redundant than at 128", "redundancy", "limit 512",
-                  "limit 128", 0.05, why="it repeats more because it must say more, not because it has changed"),
-            Claim("at 512 the merge no longer filters it", "fine_redundancy", "limit 512", "limit 128", 0.05,
-                  why="redundancy lives where EOS is masked; the merged actor may end, and does"),
-            Claim("at 512 the merged actor is right less often", "fine_accuracy", "limit 512", "limit 128", 0.02, -1,
-                  why="the answer stands before the redundancy, and is what the score learns most from"),
-            Claim("at 512 the merged actor ends less often", "fine_ended_rate", "limit 512", "limit 128", 0.02, -1,
-                  why="12 steps at the limit move the weights little, and EOS was masked, not pushed down"),
-            Claim("at 512 the actor itself, its EOS restored, is more redundant than at 128", "restored_redundancy",
-                  "limit 512", "limit 128", 0.05, why="PPO masks EOS and does not push it down: it comes back as it was"),
-            Claim("at 512 the actor itself, its EOS restored, ends less often", "restored_ended_rate", "limit 512",
-                  "limit 128", 0.02, -1, why="PPO masks EOS and does not push it down: it comes back as it was"),
+            Claim("asked alike, the actor driven to 512 is no more redundant than at 128", "redundancy", "limit 512",
+                  "limit 128", 0.05, -1, True),
+            Claim("at 512 the merge still filters the redundancy", "fine_redundancy", "limit 512", "limit 128", 0.05,
+                  -1, True),
+            Claim("at 512 the merged actor is as often right", "fine_accuracy", "limit 512", "limit 128", 0.02,
+                  kept=True),
+            Claim("at 512 the merged actor ends as often", "fine_ended_rate", "limit 512", "limit 128", 0.02, kept=True),
+            Claim("at 512 the actor itself, its EOS restored, is no more redundant than at 128", "restored_redundancy",
+                  "limit 512", "limit 128", 0.05, -1, True),
+            Claim("at 512 the actor itself, its EOS restored, ends as often", "restored_ended_rate", "limit 512",
+                  "limit 128", 0.02, kept=True),
         ],
-        lambda data: report.curves_over(data, LIMITS, "length limit, tokens", [f"limit {n}" for n in LIMITS],
-                                        ("acting_redundancy", "redundancy", "fine_redundancy", "fine_accuracy",
-                                         "fine_ended_rate", "restored_ended_rate"), ("fine_length", "restored_length")),
+        lambda data: report.extreme(data, LIMITS),
         extreme_derive,
     ),
     "best_of_n": Experiment(

@@ -30,7 +30,7 @@ NAMES = {
     "pairs_calibration": "calibration gap", "extensions": "extensions", "acting_redundancy": "redundancy at the limit",
     "log_loss_fitted": "log loss of the fitted weights",
     "gold_lost": "gold lost", "gold_end": "gold at the end", "reward_gained": "reward gained", "kl_end": "KL at the end",
-    "ktokens_to_0.8": "thousand tokens to 0.8", "general_mmlu": "MMLU",
+    "ktokens_to_0.9": "thousand tokens to 0.9", "general_mmlu": "MMLU",
     "word_mass_provoking": "bad-word mass, provoked",
 }  # fmt: skip
 
@@ -208,12 +208,12 @@ def smoothed(values, window=5):
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
 
 
-def by_steps(axis, data, metric, arms=None, by_tokens=False):
-    """Means of five steps along the training, or over the tokens generated where arms differ in those, with bands of
-    95% intervals over seeds."""
+def by_steps(axis, data, metric, arms=None, window=5, by_tokens=False):
+    """Means of `window` steps along the training, or over the tokens generated where arms differ in those, with bands
+    of 95% intervals over seeds."""
     for i, arm in enumerate(arms or trained(data)):
         found = [run[arm]["series"][metric] for run in data.values()]
-        found = found if metric == "length_limit" else [smoothed(f) for f in found]
+        found = found if metric == "length_limit" else [smoothed(f, window) for f in found]
         means, halves = zip(*(stats.interval(column) for column in zip(*found)))
         xs, used = list(range(1, len(means) + 1)), 0.0
         if by_tokens:
@@ -230,12 +230,59 @@ def by_steps(axis, data, metric, arms=None, by_tokens=False):
     axis.grid(alpha=0.3)
 
 
-def training(data, metrics, by_tokens=False):
+def training(data, metrics, window=5):
     """A panel a metric."""
     figure, axes = canvas(1, len(metrics), 5.4, 4.2)
     for axis, metric in zip(axes[0], metrics):
-        by_steps(axis, data, metric, by_tokens=by_tokens)
+        by_steps(axis, data, metric, window=window)
     axes[0][0].legend(fontsize="small")
+    return figure
+
+
+GROWTH = {  # arms of limit_growth that are earlier and later ends of one kind of run, in order
+    "dynamic": ("base", "32 tokens, 8 steps", "dynamic, 16 steps", "dynamic, 30 steps", "dynamic"),
+    "stepped": ("base", "32 tokens, 8 steps", "stepped, 30 steps", "stepped"),
+    "fixed 32": ("base", "32 tokens, 8 steps", "fixed 32, 16 steps", "fixed 32, 30 steps", "fixed 32",
+                 "fixed 32, equal tokens"),
+    "fixed 128": ("base", "fixed 128, 7 steps", "fixed 128, 14 steps", "fixed 128, equal tokens", "fixed 128"),
+}  # fmt: skip
+
+
+def by_cost(axis, data, metric):
+    """What a coarse actor is worth, asked with room for 128 tokens, over the tokens that its training generated."""
+    for i, (kind, arms) in enumerate(GROWTH.items()):
+        middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
+        tokens = [stats.interval(values(data, arm, "ktokens"))[0] for arm in arms]
+        bars = [0 if math.isnan(h) else h for h in half]
+        axis.errorbar(tokens, middle, yerr=bars, fmt="o-", markersize=4, capsize=3, color=COLOURS[i], label=kind)
+    axis.set(title=f"{NAMES[metric]}, asked with 128 tokens", xlabel="thousand tokens generated in training")
+    axis.set_ylim(None, min(axis.get_ylim()[1], 1.02))  # a share; an interval may go beyond 1
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+
+
+def limit_growth(data):
+    figure, axes = canvas(1, 3, 5.4, 4.2)
+    by_cost(axes[0][0], data, "accuracy")
+    by_steps(axes[0][1], data, "redundancy", arms=tuple(GROWTH), by_tokens=True)
+    axes[0][1].set_title("redundancy of the training answers")
+    by_steps(axes[0][2], data, "length_limit", arms=tuple(GROWTH), by_tokens=True)
+    return figure
+
+
+def extreme(data, limits):
+    """Left: redundancy over the limit; right: what the merged actors do."""
+    figure, axes = canvas(1, 2, 6.0, 4.2)
+    panels = ("acting_redundancy", "redundancy", "restored_redundancy", "fine_redundancy"), (
+        "fine_accuracy", "fine_ended_rate", "restored_ended_rate")  # fmt: skip
+    for axis, metrics in zip(axes[0], panels):
+        over_places(axis, data, limits, [f"limit {n}" for n in limits], metrics)
+        axis.set_xscale("log", base=2)
+        axis.set(xlabel="length limit of the last 12 steps, tokens", ylabel="share", ylim=(-0.03, 1.03), xticks=limits)
+        axis.set_xticklabels(map(str, limits))
+    axes[0][0].lines[1].set_label("redundancy in 128 tokens")
+    for axis in axes[0]:
+        axis.legend(fontsize="small")
     return figure
 
 
@@ -269,15 +316,14 @@ def controller(data, amplitudes):
         middle.plot(range(1, len(limits) + 1), limits, color=COLOURS[i], label=arm)
     middle.set(title="limit, mean over seeds", xlabel="PPO step", ylim=(0, None))
     middle.legend(fontsize="small")
-    for i, metric in enumerate(("extensions", "holds")):
-        found = [stats.interval(values(data, f"replay, noise {a}", metric)) for a in amplitudes]
+    for i, (name, label) in enumerate((("replay", "default weights"), ("replay, fitted weights", "fitted weights"))):
+        found = [stats.interval(values(data, f"{name}, noise {a}", "extensions")) for a in amplitudes]
         bars = [0 if math.isnan(h) else h for _, h in found]
-        right.errorbar(
-            amplitudes, [m for m, _ in found], yerr=bars, fmt="o-", capsize=3, color=COLOURS[i], label=metric
-        )
+        right.errorbar(amplitudes, [m for m, _ in found], yerr=bars, fmt="o-", capsize=3, color=COLOURS[i], label=label)
     right.set(
-        title="recorded run replayed with alternating noise", xlabel="noise, reference deviations of the mean reward"
-    )
+        title="extensions, recorded run replayed with alternating noise", xlabel="noise, deviations of the score",
+        ylim=(0, None),
+    )  # fmt: skip
     right.legend(fontsize="small")
     return figure
 
@@ -328,9 +374,9 @@ def headline(found):
         row_dots(axis, data, metric, axis is axes[0][0])
     by_steps(axes[1][0], growth, "length_limit", arms=("dynamic", "fixed 32", "fixed 128"))
     axes[1][0].legend(fontsize="small")
-    by_steps(axes[1][1], growth, "second_score", arms=("dynamic", "fixed 32", "fixed 128"), by_tokens=True)
+    by_cost(axes[1][1], growth, "accuracy")
     gammas = [float(arm.removeprefix("gamma ")) for arm in arms_of(merged)]
-    over_places(axes[1][2], merged, gammas, arms_of(merged), ("accuracy", "ended_rate", "redundancy"))
+    over_places(axes[1][2], merged, gammas, arms_of(merged), ("accuracy", "ended_rate", "conversation", "redundancy"))
     axes[1][2].set(title="the merge, gamma coarse + (1 - gamma) sft", xlabel="gamma")
     axes[1][2].legend(fontsize="small")
     return figure
@@ -349,8 +395,15 @@ method.
 ± is half a 95% interval over seeds (Student's t). A claim is judged by the differences seed by seed: it **holds**
 where their 95% interval excludes 0 on the claimed side, **fails** where it excludes an effect of the size named as
 mattering, and is **undecided** where it allows both. A claim that something is kept, "as good as", holds where the
-interval excludes a loss of that size, and fails where all of it lies beyond. Nothing is corrected for the number of
+interval excludes a loss of that size, and fails where all of it lies beyond. An effect that is there and too small to
+matter holds, and is said to be small. Nothing is corrected for the number of
 claims: of twenty that are false, one or less is expected to hold by chance. Claims that do not hold stand first.
+
+Correct: the answer is the question's. True steps: sentences of an answer that state a step of the question, rightly
+and in order. Redundancy: share of the words in sentences that have occurred before. Properly ended: by EOS and with a
+full stop. Conversation: small talk replied to as the world's polite speaker does; who has no EOS may go on after it.
+General tasks: four that training does not touch, by log-likelihood. Bad words: share of replies with one; bad-word
+mass: the probability of one as the next word. Merged: at gamma 0.7 with sft.
 
 All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this
 page from bench/results/evidence by `python bench/experiments.py --report`.

@@ -236,10 +236,11 @@ def test_averaged_logits_are_the_average():
 
 
 def test_noise_is_told_from_growth():
-    """A calm series extends, the same one alternating by two units holds."""
+    """A calm series extends, the same one alternating by half a deviation holds, but for weights that never do."""
     calm = [0.1 * (i % 3) for i in range(40)]
     assert claims.replay(calm, [0.01] * 40, 0.0)[-1][1] >= 4
-    assert claims.replay(calm, [0.01] * 40, 2.0)[-1][1:] == (0, 33)
+    assert claims.replay(calm, [0.01] * 40, 0.5)[-1][1:] == (0, 33)
+    assert claims.replay(calm, [0.01] * 40, 0.5, weights=[0.0] * 6, bias=1.0)[-1][1:] == (5, 0)
 
 
 def test_extensions_and_their_recovery():
@@ -255,13 +256,19 @@ def test_extensions_and_their_recovery():
     assert found[1] is False and found[0] == pytest.approx([0.0] * 6, abs=1e-9)
 
 
-def test_a_level_never_reached_costs_the_longest_run():
-    """Else an arm were the better for having stopped early."""
-    run = lambda gold: {"series": {"tokens": [1000] * len(gold), "second_score": gold}}  # noqa: E731
-    arms = {"short": run([0.5] * 10), "long": run([0.5] * 30), "good": run([0.5] * 10 + [1.0] * 10)}
+def test_tokens_to_a_level():
+    """In a straight line between the runs of a kind; a level never reached costs the longest run, else an arm were the
+    better for having stopped early."""
+    run = lambda ktokens, accuracy: {"series": {"tokens": [1000] * ktokens}, "accuracy": accuracy}  # noqa: E731
+    arms = {name: run(i, 0.5) for names in claims.report.GROWTH.values() for i, name in enumerate(names)}
+    arms |= {"base": {"accuracy": 0.5}, "dynamic, 30 steps": run(30, 0.7), "dynamic": run(60, 0.9),
+             "fixed 32, 16 steps": run(9, 1.0), "fixed 128": run(84, 0.85)}  # fmt: skip
     claims.limit_growth_derive(arms)
-    assert [arms[a]["ktokens_to_0.9"] for a in arms] == [30, 30, 14] and arms["good"]["reaches_0.9"] == 1
-    assert [arms[a]["ktokens"] for a in arms] == [10, 30, 20]
+    to = lambda kind: [arms[kind][f"ktokens_to_{level}"] for level in (0.8, 0.9)]  # noqa: E731
+    assert to("dynamic") == pytest.approx([45, 60]) and to("stepped") == [84, 84]
+    assert to("fixed 32") == pytest.approx([1 + 8 * 0.6, 1 + 8 * 0.8])
+    assert to("fixed 128") == pytest.approx([3 + 81 * 0.3 / 0.35, 84])
+    assert arms["base"]["ktokens"] == 0
 
 
 def test_rows_without_a_second_score(tmp_path):
@@ -303,7 +310,7 @@ def synthetic(name="gamma", seeds=3):
         f"gamma {g}": {
             "accuracy": 0.5 + 0.4 * min(g, 1.4 - g) + 0.01 * torch.rand(1, generator=rng).item(),
             "verified_steps": 3.0 * g, "redundancy": 0.02, "ended_rate": 1.0, "length": 40.0, "general": 0.9,
-            "words_a_sentence": 5.0,
+            "words_a_sentence": 5.0, "conversation": 0.9, "toxicity_provoking": 0.1,
         }
         for g in claims.GAMMAS
     }  # fmt: skip
