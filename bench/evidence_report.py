@@ -372,7 +372,7 @@ def headline(found):
     panels = ("accuracy", "redundancy", "toxicity_provoking")
     for axis, metric in zip(axes[0], panels):
         row_dots(axis, data, metric, axis is axes[0][0])
-    by_steps(axes[1][0], growth, "length_limit", arms=("dynamic", "fixed 32", "fixed 128"))
+    by_steps(axes[1][0], growth, "length_limit", arms=tuple(GROWTH))
     axes[1][0].legend(fontsize="small")
     by_cost(axes[1][1], growth, "accuracy")
     gammas = [float(arm.removeprefix("gamma ")) for arm in arms_of(merged)]
