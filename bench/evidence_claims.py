@@ -262,10 +262,10 @@ def concise_derive(arms):
         arm["top_kl"] = max(arm["series"]["kl"])
 
 
-def stepped(line):
+def stepped(line, **more):
     """8 tokens more every 8 steps, 32 to 88: over COARSE_STEPS a mean limit of 58, so as many tokens as the dynamic one
     in as many updates."""
-    return line.coarse(limit_growth="stepped", limit_step=8)
+    return line.coarse(limit_growth="stepped", limit_step=8, **more)
 
 
 def limit_growth_jobs(line):
@@ -287,7 +287,7 @@ def limit_growth_jobs(line):
         "32 tokens, 8 steps": fixed(32, steps=8),  # none of the growing limits has grown by then
         "dynamic, 16 steps": line.coarse(steps=16),
         "dynamic, 30 steps": line.coarse(steps=30),
-        "stepped, 30 steps": line.coarse(limit_growth="stepped", limit_step=8, steps=30),
+        "stepped, 30 steps": stepped(line, steps=30),
         "fixed 32, 16 steps": fixed(32, steps=16),
         "fixed 32, 30 steps": fixed(32, steps=30),
         "fixed 128, 7 steps": fixed(128, steps=7),

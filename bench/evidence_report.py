@@ -173,11 +173,17 @@ def dots(data, metrics, curve=None):
     return figure
 
 
+def intervals(data, arms, metric):
+    """Means, and halves of the 95% intervals (0 for a single seed), arm by arm."""
+    found = [stats.interval(values(data, arm, metric)) for arm in arms]
+    return [m for m, _ in found], [0 if math.isnan(h) else h for _, h in found]
+
+
 def over_places(axis, data, places, arms, metrics):
     for i, metric in enumerate(metrics):
-        middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
+        middle, half = intervals(data, arms, metric)
         axis.plot(places, middle, "o-", markersize=4, color=COLOURS[i], label=NAMES.get(metric, metric))
-        band = [[m + s * (0 if math.isnan(h) else h) for m, h in zip(middle, half)] for s in (-1, 1)]
+        band = [[m + s * h for m, h in zip(middle, half)] for s in (-1, 1)]
         axis.fill_between(places, *band, color=COLOURS[i], alpha=0.15)
     axis.grid(alpha=0.3)
 
@@ -251,9 +257,7 @@ GROWTH = {  # arms of limit_growth that are earlier and later ends of one kind o
 def by_cost(axis, data, metric):
     """What a coarse actor is worth, asked with room for 128 tokens, over the tokens that its training generated."""
     for i, (kind, arms) in enumerate(GROWTH.items()):
-        middle, half = zip(*(stats.interval(values(data, arm, metric)) for arm in arms))
-        tokens = [stats.interval(values(data, arm, "ktokens"))[0] for arm in arms]
-        bars = [0 if math.isnan(h) else h for h in half]
+        (middle, bars), (tokens, _) = intervals(data, arms, metric), intervals(data, arms, "ktokens")
         axis.errorbar(tokens, middle, yerr=bars, fmt="o-", markersize=4, capsize=3, color=COLOURS[i], label=kind)
     axis.set(title=f"{NAMES[metric]}, asked with 128 tokens", xlabel="thousand tokens generated in training")
     axis.set_ylim(None, min(axis.get_ylim()[1], 1.02))  # a share; an interval may go beyond 1
@@ -317,9 +321,8 @@ def controller(data, amplitudes):
     middle.set(title="limit, mean over seeds", xlabel="PPO step", ylim=(0, None))
     middle.legend(fontsize="small")
     for i, (name, label) in enumerate((("replay", "default weights"), ("replay, fitted weights", "fitted weights"))):
-        found = [stats.interval(values(data, f"{name}, noise {a}", "extensions")) for a in amplitudes]
-        bars = [0 if math.isnan(h) else h for _, h in found]
-        right.errorbar(amplitudes, [m for m, _ in found], yerr=bars, fmt="o-", capsize=3, color=COLOURS[i], label=label)
+        middles, bars = intervals(data, [f"{name}, noise {a}" for a in amplitudes], "extensions")
+        right.errorbar(amplitudes, middles, yerr=bars, fmt="o-", capsize=3, color=COLOURS[i], label=label)
     right.set(
         title="extensions, recorded run replayed with alternating noise", xlabel="noise, deviations of the score",
         ylim=(0, None),
@@ -337,10 +340,8 @@ def reward_data(data, sizes, flips):
     for axis, places, label in ((axes[0][0], left, "training pairs"), (axes[0][1], right, "share of flipped labels")):
         shown = {"accuracy": "held-out accuracy", "accuracy_cut": "without EOS", "calibration": "calibration gap"}
         for i, (short, name) in enumerate(shown.items()):
-            metric = f"pairs_{short}"
-            found = [stats.interval(values(data, arm, metric)) for _, arm in places]
-            bars = [0 if math.isnan(h) else h for _, h in found]
-            axis.errorbar([x for x, _ in places], [m for m, _ in found], yerr=bars, fmt="o-", capsize=3,
+            middles, bars = intervals(data, [arm for _, arm in places], f"pairs_{short}")
+            axis.errorbar([x for x, _ in places], middles, yerr=bars, fmt="o-", capsize=3,
                           color=COLOURS[i], label=name)  # fmt: skip
         axis.set(xlabel=label, ylim=(0, 1))
         axis.grid(alpha=0.3)
