@@ -1,3 +1,10 @@
 """Data: readers of the public formats (`readers.py`), and a small synthetic world to train on (`world.py`)."""
-from data.readers import (dialogue, hh_prompt, read_instructions, read_preferences, read_prompts,
-                          split_by_first_turn)
+
+from data.readers import (  # noqa: F401
+    dialogue,
+    hh_prompt,
+    read_instructions,
+    read_preferences,
+    read_prompts,
+    split_by_first_turn,
+)
