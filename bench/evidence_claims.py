@@ -526,6 +526,11 @@ def smollm2_words(data):
     return " ".join(told)
 
 
+def by_seed(data, arm):
+    """An arm's correct answers, a number a seed."""
+    return ", ".join(report.number(v, 3) for v in report.values(data, arm, "accuracy"))
+
+
 ANSWERS = {
     "accuracy": ("correct", 3),
     "verified_steps": ("true steps", 2),
@@ -564,7 +569,7 @@ EXPERIMENTS = {
         ],
         lambda data: report.reward_data(data, SIZES, FLIPS),
         words=lambda data: "Correct answers of plus with the noisiest set, seed by seed: "
-        + ", ".join(report.number(v, 3) for v in report.values(data, "40% flipped", "accuracy")) + ".",
+        + by_seed(data, "40% flipped") + ".",
     ),
     "hacking": Experiment(
         "The reward model fixed: where the reward rises and the truth falls",
@@ -702,8 +707,7 @@ EXPERIMENTS = {
         report.limit_growth,
         limit_growth_derive,
         words=lambda data: "Correct answers seed by seed, dynamic and fixed 32 at equal tokens: "
-        + "; ".join(", ".join(report.number(v, 3) for v in report.values(data, arm, "accuracy"))
-                    for arm in ("dynamic", "fixed 32, equal tokens")) + ".",
+        + "; ".join(by_seed(data, arm) for arm in ("dynamic", "fixed 32, equal tokens")) + ".",
     ),
     "f_cm": Experiment(
         "How f_CM decides",
