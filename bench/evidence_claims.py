@@ -424,16 +424,16 @@ def fine_jobs(line):
     }
 
 
-LIMITS = (64, 128, 256, 512)
+LIMITS, LONG = (64, 128, 256, 512), "limit 512, 36 steps"
 
 
 def extreme_jobs(line):
     arms = {}
-    for limit in LIMITS:
-        how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=12)
+    for name, limit, steps in [(f"limit {n}", n, 12) for n in LIMITS] + [(LONG, 512, 36)]:
+        how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=steps)
         run = line.coarse(**how)
         merged = {role: line.ask(line.merged(run, g), limit=256) for role, g in (("fine", 0.7), ("restored", 1.0))}
-        arms[f"limit {limit}"] = {"ppo": run, "ask": line.ask_coarse(run)} | merged
+        arms[name] = {"ppo": run, "ask": line.ask_coarse(run)} | merged
     return arms
 
 
@@ -832,11 +832,13 @@ EXPERIMENTS = {
     ),
     "extreme": Experiment(
         "Extreme lengths",
-        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens), and is"
-        " merged at gamma 0.7 with sft and asked with room for 256 tokens; so is what it is with EOS restored, gamma 1."
-        " Of the coarse actors themselves: redundancy at the limit, in the last 5 steps of training, which longer answers"
-        " have more of by themselves; and what each says in 128 tokens. How many more steps it takes until the merge no"
-        " longer filters, these 12 do not tell.",
+        "The trained coarse actor goes on for 12 steps at a fixed limit (a whole answer fits into 128 tokens), at 512 also"
+        " for 36 (1.2 million tokens, five times what made it), and is merged at gamma 0.7 with sft and asked with room for"
+        " 256 tokens; so is what it is with EOS restored, gamma 1. Of the coarse actors themselves: redundancy at the limit,"
+        " in the last 5 steps of training, which longer answers have more of by themselves; and what each says in 128 tokens."
+        " No length is found here at which the merge no longer filters: once EOS is restored the actor itself repeats itself"
+        " hardly more than it does after 12 steps at 64, so the repetition comes of the mask and little of it is in the"
+        " weights.",
         extreme_jobs,
         {"acting_redundancy": ("redundancy at the limit", 3)}
         | {k: (f"128 tokens: {ANSWERS[k][0]}", ANSWERS[k][1]) for k in ("accuracy", "verified_steps", "redundancy")}
@@ -850,12 +852,18 @@ EXPERIMENTS = {
             Claim("at 512 the merged actor is as often right", "fine_accuracy", "limit 512", "limit 128", 0.02,
                   kept=True),
             Claim("at 512 the merged actor ends as often", "fine_ended_rate", "limit 512", "limit 128", 0.02, kept=True),
+            Claim("after 36 steps at 512 the merge still filters the redundancy", "fine_redundancy", LONG, "limit 128", 0.05,
+                  -1, True),
+            Claim("after 36 steps at 512 the merged actor is as often right", "fine_accuracy", LONG, "limit 128", 0.02,
+                  kept=True),
+            Claim("after 36 steps at 512 the merged actor ends as often", "fine_ended_rate", LONG, "limit 128", 0.02,
+                  kept=True),
             Claim("at 512 the actor itself, its EOS restored, is no more redundant than at 128", "restored_redundancy",
                   "limit 512", "limit 128", 0.05, -1, True),
             Claim("at 512 the actor itself, its EOS restored, ends as often", "restored_ended_rate", "limit 512",
                   "limit 128", 0.02, kept=True),
         ],
-        lambda data: report.extreme(data, LIMITS),
+        lambda data: report.extreme(data, LIMITS, LONG),
         extreme_derive,
     ),
     "best_of_n": Experiment(

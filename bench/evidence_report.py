@@ -274,15 +274,19 @@ def limit_growth(data):
     return figure
 
 
-def extreme(data, limits):
-    """Left: redundancy over the limit; right: what the merged actors do."""
+def extreme(data, limits, long):
+    """Left: redundancy over the limit; right: what the merged actors do. Diamonds: the longest limit, for longer."""
     figure, axes = canvas(1, 2, 6.0, 4.2)
     panels = ("acting_redundancy", "redundancy", "restored_redundancy", "fine_redundancy"), (
         "fine_accuracy", "fine_ended_rate", "restored_ended_rate")  # fmt: skip
     for axis, metrics in zip(axes[0], panels):
         over_places(axis, data, limits, [f"limit {n}" for n in limits], metrics)
+        for i, metric in enumerate(metrics):
+            middle, half = intervals(data, [long], metric)
+            axis.errorbar([1.15 * limits[-1]], middle, half, fmt="D", markersize=4, color=COLOURS[i])
+        axis.plot([], [], "D", markersize=4, color="tab:gray", label=long)
         axis.set_xscale("log", base=2)
-        axis.set(xlabel="length limit of the last 12 steps, tokens", ylabel="share", ylim=(-0.03, 1.03), xticks=limits)
+        axis.set(xlabel="length limit of 12 more steps, tokens", ylabel="share", ylim=(-0.03, 1.03), xticks=limits)
         axis.set_xticklabels(map(str, limits))
     axes[0][0].lines[1].set_label("redundancy in 128 tokens")
     for axis in axes[0]:
