@@ -93,14 +93,15 @@ class Lock:
 @contextlib.contextmanager
 def told_to_stop():
     """A list that the first SIGINT or SIGTERM is put into, to be looked at between steps. The second one acts at
-    once, as ever."""
+    once, as ever, also in a process that a shell's `&` or nohup has started with SIGINT ignored."""
     caught, before = [], {}
+    default = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def note(number, _):
         caught.append(number)
         os.write(1, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
         for one, handler in before.items():
-            signal.signal(one, handler)
+            signal.signal(one, default[one] if handler == signal.SIG_IGN else handler)
 
     with contextlib.suppress(ValueError):  # not the main thread: whoever runs us there handles signals
         for one in (signal.SIGINT, signal.SIGTERM):

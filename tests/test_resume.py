@@ -157,14 +157,20 @@ def test_a_signal_ends_the_run_after_its_step_with_all_of_it_saved(number, statu
     assert same(tmp_path / "cut", tmp_path / "whole", "coarse")
 
 
-def test_a_second_ctrl_c_ends_it_at_once(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "nohup"])
+def test_a_second_ctrl_c_ends_it_at_once(files, tmp_path, monkeypatch, start):
     def step(self):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("it went on")
 
     monkeypatch.setattr(ppo.PPOTrainer, "step", step)
-    done = main("--stage", "coarse", "--out", tmp_path, *files, *FEW)
+    before = signal.signal(signal.SIGINT, start)
+    try:
+        done = main("--stage", "coarse", "--out", tmp_path, *files, *FEW)
+        assert signal.getsignal(signal.SIGINT) == start
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.code == 130 and done.err.count("\n") == 1 and "--resume" in done.err
 
 
