@@ -287,6 +287,7 @@ def limit_growth_jobs(line):
         "32 tokens, 8 steps": fixed(32, steps=8),  # none of the growing limits has grown by then
         "dynamic, 16 steps": line.coarse(steps=16),
         "dynamic, 30 steps": line.coarse(steps=30),
+        "stepped, 16 steps": stepped(line, steps=16),
         "stepped, 30 steps": stepped(line, steps=30),
         "fixed 32, 16 steps": fixed(32, steps=16),
         "fixed 32, 30 steps": fixed(32, steps=30),
@@ -703,6 +704,8 @@ EXPERIMENTS = {
                   "fixed 128", 20, -1),
             Claim("the dynamic limit reaches 0.9 with fewer tokens than a short fixed one", "ktokens_to_0.9", "dynamic",
                   "fixed 32", 20, -1, why="by then the dynamic limit has hardly grown: both runs are the same"),
+            Claim("the dynamic limit reaches 0.9 with fewer tokens than a fixed increase" + NOTICED, "ktokens_to_0.9",
+                  "dynamic", "stepped", 20, -1),
         ],
         report.limit_growth,
         limit_growth_derive,

@@ -247,7 +247,7 @@ def training(data, metrics, window=5):
 
 GROWTH = {  # arms of limit_growth that are earlier and later ends of one kind of run, in order
     "dynamic": ("base", "32 tokens, 8 steps", "dynamic, 16 steps", "dynamic, 30 steps", "dynamic"),
-    "stepped": ("base", "32 tokens, 8 steps", "stepped, 30 steps", "stepped"),
+    "stepped": ("base", "32 tokens, 8 steps", "stepped, 16 steps", "stepped, 30 steps", "stepped"),
     "fixed 32": ("base", "32 tokens, 8 steps", "fixed 32, 16 steps", "fixed 32, 30 steps", "fixed 32",
                  "fixed 32, equal tokens"),
     "fixed 128": ("base", "fixed 128, 7 steps", "fixed 128, 14 steps", "fixed 128, equal tokens", "fixed 128"),
