@@ -431,8 +431,7 @@ LIMITS, LONG = (64, 128, 256, 512), "limit 512, 36 steps"
 def extreme_jobs(line):
     arms = {}
     for name, limit, steps in [(f"limit {n}", n, 12) for n in LIMITS] + [(LONG, 512, 36)]:
-        how = dict(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=steps)
-        run = line.coarse(**how)
+        run = line.coarse(model=line.coarse(), limit_growth="fixed", length_limit=limit, steps=steps)
         merged = {role: line.ask(line.merged(run, g), limit=256) for role, g in (("fine", 0.7), ("restored", 1.0))}
         arms[name] = {"ppo": run, "ask": line.ask_coarse(run)} | merged
     return arms
