@@ -1,315 +1,358 @@
-"""Decoding: the rolling key/value cache, sampling, and `generate`.
+"""Decoding: the rolling cache of keys and values, sampling, and `generate`.
 
 Shapes: B batch, T tokens, S keys, G key/value heads, D head size, V vocabulary. Nothing here knows the network:
 `model.model(tokens, mask, cache)` gives hidden states, `model.lm_head` logits.
 """
 
-from copy import copy as shallow_copy
+import copy
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-import cpu
-from weights import InputError
+from support.files import InputError
+
+CHECK_EVERY = 8  # tokens between two looks at which responses have ended; each look waits for the device
 
 
 def visible(query_columns, key_columns, key_mask, window):
-    """Which key each query sees: (B or 1, 1, T, S). Columns (T,), (S,) are places in the padded row and
-    key_mask (B, S) or None says which of them are real. A query always sees itself, so that the rows of
-    padding have a finite softmax; nothing real ever looks at them.
+    """Which key each query sees: (B or 1, 1, T, S), True where it does. Columns (T,) and (S,) are places in the padded
+    row; key_mask (B, S), or None, says which of the keys are real tokens. A query always sees itself, so that the
+    softmax of a padding row is finite; nothing real ever looks at it.
 
-    window 3, columns 0..4:  column 4 sees 2 3 4, column 1 sees 0 1.
+    window 3, columns 0..4: column 4 sees 2 3 4, column 1 sees 0 1.
     """
     distance = query_columns[:, None] - key_columns[None, :]  # (T, S)
-    seen = distance >= 0
+    seen_by = distance >= 0
     if window is not None:
-        seen = seen & (distance < window)
-    seen = seen[None, None]
-    if key_mask is not None:
-        seen = seen & key_mask[:, None, None, :] | (distance == 0)
-    return seen
+        seen_by = seen_by & (distance < window)
+    if key_mask is None:
+        return seen_by[None, None]
+    return seen_by & key_mask[:, None, None, :] | (distance == 0)
 
 
 class Cache:
-    """Keys and values of the columns seen so far, at most the window's: a rolling buffer.
+    """Keys and values of the columns so far, at most the window's: a rolling buffer.
 
-    Column c lies in slot c % size. With size 4, after 6 columns the slots hold columns 4 5 2 3; the next
-    one, 6, takes the slot of 2, which has just left the window. Rotated keys carry their positions, so
-    the order of the slots does not matter to attention.
+    Column c lies in slot c % size. With size 4, after 6 columns the slots hold columns 4 5 2 3; the next column, 6,
+    takes the slot of 2, which has just left the window. Rotated keys carry their positions, so the order of the slots
+    does not matter to attention.
 
-    With `static` a decoding step touches nothing but tensors that stay where they are, and reads the whole buffer
-    under its mask: what a CUDA graph can replay. Without, it reads the slots that are filled.
+    A step of one token reads the whole buffer under `bias`, and touches nothing but tensors that stay where they are:
+    that is what a CUDA graph can replay.
     """
 
-    def __init__(self, config, batch, columns, device, dtype, static=False):
+    def __init__(self, config, batch, columns, device, dtype):
         self.size = min(columns, config.sliding_window or columns)
+        self.window = config.sliding_window
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.size, config.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.mask = torch.zeros(batch, self.size, dtype=torch.bool, device=device)  # the slot holds a real token
-        self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # real tokens seen
-        self.column = torch.zeros(1, dtype=torch.long, device=device)  # columns seen, for static steps
-        self.static, self.batch = static, batch
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.bias = torch.zeros(batch, self.size, device=device, dtype=dtype)  # added to scores: 0 on a real token
+        self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # real tokens so far
+        self.column = torch.zeros(1, dtype=torch.long, device=device)  # columns so far, on the device
         self.reset()
 
     def reset(self):
         """Empty again, with all its rows."""
-        self.columns, self.rows, self.full = 0, self.batch, True  # full: no slot that was written holds padding
-        for state in (self.mask, self.positions, self.column):
-            state.zero_()
+        self.columns = 0
+        self.rows = len(self.positions)
+        self.bias.fill_(float("-inf"))
+        self.positions.zero_()
+        self.column.zero_()
 
-    def plan(self, mask, window):
-        """For new columns with `mask` (rows, T), or one all real where it is None: their positions (rows, T), the
-        attention mask, and a function `store(layer, k, v)` that keeps the new keys and returns all that may be seen."""
-        if mask is not None:
-            return self._prefill(mask, window)
-        positions = self.positions[: self.rows, None].clone()
-        self.positions[: self.rows] += 1
-        return positions, *(self._static_step() if self.static else self._step())
+    def advance(self, tokens, mask):
+        """Makes room for `tokens` (rows, T), of which `mask` (rows, T) are real, or all where it is None.
+        Returns their positions (rows, T) and the attention mask over what `update` then gives back."""
+        if tokens.shape[1] == 1 and mask is None:
+            return self._advance_one()
+        if mask is None:
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+        return self._advance_many(mask)
 
-    def _step(self):
-        n, slot, filled = self.rows, self.columns % self.size, min(self.columns + 1, self.size)
-        self.mask[:n, slot] = True
-        self.columns += 1
-
-        def store(layer, k, v):
-            keys, values = self.keys[layer, :n], self.values[layer, :n]
-            keys[:, :, slot], values[:, :, slot] = k[:, :, 0], v[:, :, 0]
-            return keys[:, :, :filled], values[:, :, :filled]
-
-        if self.full:
-            return None, store
-        # Added to the scores as it is; a mask of booleans would be turned into this again in every layer.
-        bias = torch.zeros(n, 1, 1, filled, device=self.mask.device, dtype=self.keys.dtype)
-        return bias.masked_fill_(~self.mask[:n, None, None, :filled], float("-inf")), store
-
-    def _static_step(self):
-        n, slot = self.rows, self.column % self.size
-        self.mask[:n].index_fill_(1, slot, True)
+    def _advance_one(self):
+        n = self.rows
+        self.slots = self.column % self.size
+        self.earlier = None
+        self.bias[:n].index_fill_(1, self.slots, 0.0)
+        positions = self.positions[:n, None].clone()
+        self.positions[:n] += 1
         self.column += 1
+        self.columns += 1
+        return positions, self.bias[:n, None, None]
 
-        def store(layer, k, v):
-            keys, values = self.keys[layer, :n], self.values[layer, :n]
-            return keys.index_copy_(2, slot, k), values.index_copy_(2, slot, v)
-
-        return self.mask[:n, None, None], store
-
-    def _prefill(self, mask, window):
-        """Several columns: read what was there beside the new, then keep the last `size`."""
+    def _advance_many(self, mask):
         n, T = mask.shape
-        device, old = mask.device, min(self.columns, self.size)
+        device = mask.device
+        self.earlier = min(self.columns, self.size)  # slots that hold a column
         positions = (self.positions[:n, None] + mask.cumsum(1) - 1).clamp_min(0)
-        new = torch.arange(self.columns, self.columns + T, device=device)
-        slots = torch.arange(old, device=device)
-        last = self.columns - 1  # slot s holds the newest column that is s modulo size
-        held = last - (last - slots) % self.size if old else slots
-        seen = visible(new, torch.cat((held, new)), torch.cat((self.mask[:n, :old], mask), 1), window)
-        kept = new[-self.size :]
-        self.mask[:n, kept % self.size] = mask[:, -self.size :]
-
-        def store(layer, k, v):
-            buffers = self.keys[layer, :n], self.values[layer, :n]
-            both = [torch.cat((buffer[:, :, :old], x), 2) for buffer, x in zip(buffers, (k, v))]
-            for buffer, x in zip(buffers, (k, v)):
-                buffer[:, :, kept % self.size] = x[:, :, -self.size :]
-            return both
-
-        self.full = self.full and bool(mask.all())
+        columns = torch.arange(self.columns, self.columns + T, device=device)
+        slots = torch.arange(self.earlier, device=device)
+        newest = self.columns - 1
+        held_columns = newest - (newest - slots) % self.size  # slot s holds the newest column that is s modulo size
+        real = torch.cat((self.bias[:n, : self.earlier] == 0, mask), 1)
+        attention_mask = visible(columns, torch.cat((held_columns, columns)), real, self.window)
+        self.slots = columns[-self.size :] % self.size
+        bias = torch.zeros(n, T, device=device, dtype=self.bias.dtype).masked_fill(~mask, float("-inf"))
+        self.bias[:n, self.slots] = bias[:, -self.size :]
+        self.positions[:n] += mask.sum(1)
         self.columns += T
         self.column.fill_(self.columns)
-        self.positions[:n] += mask.sum(1)
-        return positions, seen, store
+        return positions, attention_mask
+
+    def update(self, layer, k, v):
+        """Stores the new keys and values (rows, G, T, D) of a layer. Returns all that its queries may see."""
+        keys = self.keys[layer, : self.rows]
+        values = self.values[layer, : self.rows]
+        if self.earlier is None:
+            keys.index_copy_(2, self.slots, k)
+            values.index_copy_(2, self.slots, v)
+            return keys, values
+        all_keys = torch.cat((keys[:, :, : self.earlier], k), 2)  # before the new ones take the place of old ones
+        all_values = torch.cat((values[:, :, : self.earlier], v), 2)
+        keys[:, :, self.slots] = k[:, :, -self.size :]
+        values[:, :, self.slots] = v[:, :, -self.size :]
+        return all_keys, all_values
 
     def keep(self, rows):
         """Drops the sequences that are not in `rows` (a tensor of indices, ascending); those move up."""
         n = self.rows = len(rows)
-        for layer in range(len(self.keys)):  # one at a time: the copy is not to be as large as the cache
-            self.keys[layer, :n], self.values[layer, :n] = self.keys[layer, rows], self.values[layer, rows]
-        self.mask[:n], self.positions[:n] = self.mask[rows], self.positions[rows]
+        for layer in range(len(self.keys)):  # a layer at a time, so that the copy stays small
+            self.keys[layer, :n] = self.keys[layer, rows]
+            self.values[layer, :n] = self.values[layer, rows]
+        self.bias[:n] = self.bias[rows]
+        self.positions[:n] = self.positions[rows]
 
     def copied(self, rows, room=0):
-        """A cache of its own, whose sequence i has seen what sequence rows[i] of this one has: in any order, and as
-        often as you like. `room`: slots to add, where none has been written twice yet."""
-        other = shallow_copy(self)
-        other.keys, other.values = (F.pad(x[:, rows], (0, 0, 0, room)) for x in (self.keys, self.values))
-        other.mask, other.positions = F.pad(self.mask[rows], (0, room)), self.positions[rows]
-        other.column, other.size, other.rows, other.batch = self.column.clone(), self.size + room, len(rows), len(rows)
+        """A cache of its own, whose sequence i has what sequence rows[i] of this one has, in any order and as often as
+        you like. `room`: slots to add, where none has been written twice yet."""
+        other = copy.copy(self)
+        other.size = self.size + room
+        other.rows = len(rows)
+        other.keys = F.pad(self.keys[:, rows], (0, 0, 0, room))
+        other.values = F.pad(self.values[:, rows], (0, 0, 0, room))
+        other.bias = F.pad(self.bias[rows], (0, room), value=float("-inf"))
+        other.positions = self.positions[rows]
+        other.column = self.column.clone()
         return other
 
 
 def pad_right(rows, device="cpu", value=0):
-    """Lists of any lengths -> a tensor (B, T) with `value` on the right, and mask (B, T)."""
+    """Lists of any lengths -> a tensor (B, T) with `value` on the right, and mask (B, T), True on what was there."""
     T = max(map(len, rows))
-    padded = torch.tensor([list(r) + [value] * (T - len(r)) for r in rows], device=device)
-    mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in rows], device=device)
-    return padded, mask
+    padded = [list(row) + [value] * (T - len(row)) for row in rows]
+    mask = [[True] * len(row) + [False] * (T - len(row)) for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
 
 
 def pad_left(rows, device="cpu"):
-    """Id lists of any lengths -> tokens (B, P) with zeros on the left, mask (B, P)."""
+    """Id lists of any lengths -> tokens (B, P) with zeros on the left, and mask (B, P)."""
     P = max(map(len, rows))
-    tokens = torch.tensor([[0] * (P - len(r)) + list(r) for r in rows], device=device)
-    mask = torch.tensor([[False] * (P - len(r)) + [True] * len(r) for r in rows], device=device)
-    return tokens, mask
+    padded = [[0] * (P - len(row)) + list(row) for row in rows]
+    mask = [[False] * (P - len(row)) + [True] * len(row) for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass
+class Sampling:
+    """How responses are drawn, and where they end."""
+
+    temperature: float = 1.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    eos_id: int | list | None = None  # an id, several, or None: every response runs to its limit
+    forbid: tuple = ()  # ids that are never sampled
+    stop: Callable | None = None  # ids -> True where the response ends; it looks at the last 16 ids or more
+
+    @property
+    def eos_ids(self):
+        if self.eos_id is None:
+            return []
+        return [self.eos_id] if isinstance(self.eos_id, int) else list(self.eos_id)
 
 
 def shape_logits(logits, temperature, forbid=()):
-    """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old,
-    new and reference logprobs share (PPO_DETAILS 8, 11, 26)."""
-    logits = logits.float() if temperature in (0, 1) else logits.float() / temperature
-    return (
-        logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf")) if len(forbid) else logits
-    )
+    """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old, new and
+    reference logprobs share (PPO_DETAILS 8, 11, 26)."""
+    logits = logits.float()
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    if len(forbid):
+        logits = logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf"))
+    return logits
 
 
 def sample(logits, temperature, top_p, generator):
-    """(ids, logprobs) of one id a row from logits (B, V): the argmax at temperature 0, else where the summed
-    probabilities pass a uniform number of (0, 1], which no id of probability 0 does; without a transfer to the host.
-    The logprobs are those of the full distribution, whatever top_p leaves of it."""
+    """(ids, logprobs) of one id a row from logits (B, V). At temperature 0 the likeliest id; else the one where the
+    summed probabilities pass a uniform number of (0, 1], which no id of probability 0 does. Nothing here waits for the
+    device. The logprobs are those of the full distribution, whatever top_p leaves of it."""
     probs = logits.softmax(-1)
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)
     else:
-        kept = probs
-        if top_p < 1:
-            ordered, order = probs.sort(-1, descending=True)
-            outside = ordered.cumsum(-1) - ordered >= top_p
-            outside[..., 0] = False  # the likeliest id always stays
-            kept = probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
-        below = kept.cumsum(-1)
+        nucleus = probs if top_p >= 1 else keep_top(probs, top_p)
+        cumulative = nucleus.cumsum(-1)
         uniform = 1 - torch.rand(len(logits), 1, device=logits.device, generator=generator)
-        ids = (below < uniform * below[:, -1:]).sum(-1, keepdim=True)
+        ids = (cumulative < uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
     return ids[:, 0], probs.gather(1, ids)[:, 0].log()
 
 
-class Decoder:
-    """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded as a
-    CUDA graph, once for each number of rows, and replayed; the buffers are kept for the next call, and have room for
-    a multiple of 256 tokens, so that a moving length limit seldom asks for new ones."""
+def keep_top(probs, top_p):
+    """Probabilities (B, V) with 0 for the ids outside the nucleus: the likeliest ids that together have `top_p`."""
+    ordered, order = probs.sort(-1, descending=True)
+    outside = ordered.cumsum(-1) - ordered >= top_p
+    outside[..., 0] = False  # the likeliest id always stays
+    return probs.scatter(-1, order, ordered.masked_fill(outside, 0.0))
 
-    RECORDS, CACHE = ("cuda",), Cache
+
+class Decoder:
+    """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded as a CUDA
+    graph for each number of rows, and replayed. The buffers are kept for the model's next call, and have room for a
+    multiple of 256 columns, so that a moving length limit seldom asks for new ones."""
+
+    BY_MODEL = weakref.WeakKeyDictionary()  # model -> its decoder on a GPU, which dies with the model
 
     def __init__(self, model, batch, columns):
-        device, dtype = model.device, model.lm_head.weight.dtype
-        self.static = device.type in self.RECORDS
-        columns = -(-columns // 256) * 256 if self.static else columns
-        self.model, self.shape = model, (batch, columns, device, dtype)
-        self.cache = self.CACHE(model.config, batch, columns, device, dtype, self.static)
-        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.device = model.device
+        self.dtype = model.lm_head.weight.dtype
+        self.graphed = self.device.type == "cuda"
+        columns = -(-columns // 256) * 256 if self.graphed else columns
+        self.shape = (batch, columns)
+        self.cache = Cache(model.config, batch, columns, self.device, self.dtype)
+        self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
         self.graphs = {}  # rows -> (graph, logits)
 
     @classmethod
-    def for_model(cls, model, batch, columns):
-        """The model's own from an earlier call where that fits."""
-        new = getattr(model, "decoder", None)
-        if new is None or not new.static or new.shape[0] != batch or not columns <= new.shape[1] < columns + 256:
-            model.decoder = None
-            new = cls(model, batch, columns)
-        new.cache.reset()
-        model.decoder = new if new.static else None
-        return new
+    def of(cls, model, batch, columns):
+        """The model's decoder of an earlier call where it fits, or a new one."""
+        decoder = cls.BY_MODEL.pop(model, None)
+        if decoder is None or not decoder.fits(model, batch, columns):
+            decoder = None  # free the old cache before the new one is made
+            decoder = cls(model, batch, columns)
+        if decoder.graphed:
+            cls.BY_MODEL[model] = decoder
+        decoder.cache.reset()
+        return decoder
 
-    def prefill(self, tokens, mask):
+    def fits(self, model, batch, columns):
+        same_place = (self.device, self.dtype) == (model.device, model.lm_head.weight.dtype)
+        return same_place and self.shape[0] == batch and columns <= self.shape[1] < columns + 256
+
+    def prefill(self, model, tokens, mask):
         """Logits (B, V) after prompts (B, P)."""
-        return self.model.lm_head(self.model.model(tokens, mask, self.cache)[:, -1])
+        return model.lm_head(model.model(tokens, mask, self.cache)[:, -1])
 
-    def __call__(self, ids):
+    def step(self, model, ids):
         """Logits (rows, V) after one more id (rows,)."""
         n = self.cache.rows
         self.tokens[:n, 0] = ids
-        if not self.static:
-            return self._step()
+        if not self.graphed:
+            return self._forward(model)
         if n not in self.graphs:
-            self._record(n)
-        self.graphs[n][0].replay()
-        return self.graphs[n][1]
+            self.graphs[n] = self._record(model)
+        graph, logits = self.graphs[n]
+        graph.replay()
+        return logits
 
-    def _step(self):
-        return self.model.lm_head(self.model.model(self.tokens[: self.cache.rows], None, self.cache)[:, -1])
+    def _forward(self, model):
+        return model.lm_head(model.model(self.tokens[: self.cache.rows], None, self.cache)[:, -1])
 
-    def _record(self, n):
-        state = self.cache.mask, self.cache.positions, self.cache.column
-        before = [x.clone() for x in state]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+    def _record(self, model):
+        state = (self.cache.bias, self.cache.positions, self.cache.column)
+        before = [tensor.clone() for tensor in state]
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._step()  # libraries set themselves up at their first call, which must not be recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        for x, was in zip(state, before):
-            x.copy_(was)
+            self._forward(model)  # libraries set themselves up at their first call, which must not be recorded
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        for tensor, value in zip(state, before):
+            tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self._step()
-        self.graphs[n] = graph, logits
+            logits = self._forward(model)
+        return graph, logits
 
-    def fewer(self, done):
-        """Which rows to go on with, or None for all: on a GPU half of them, so that few graphs are recorded."""
-        alive, n = int((~done).sum()), len(done)
-        wanted = alive if not self.static else 1 << (max(alive, 1) - 1).bit_length()
-        if alive == 0 or wanted > (0.75 * n if not self.static else n / 2):
+    def shrink(self, ended):
+        """Lets sequences that have ended (rows,) leave the batch, where that is worth a copy of the cache. Returns the
+        indices of those that stay, or None for all."""
+        n = len(ended)
+        size = int((~ended).sum())
+        if self.graphed:
+            size = 1 << (size - 1).bit_length()  # a power of two, so that few graphs are recorded
+        if size > n * (0.5 if self.graphed else 0.75):
             return None
-        return done.int().argsort(stable=True)[:wanted].sort().values
-
-
-def stopped_at(ids, stop, after):
-    """How many of the ids stand when `stop` is first true of them, looked for beyond `after`; None: it is not."""
-    return next((n for n in range(after + 1, len(ids) + 1) if stop(ids[:n])), None) if stop(ids) else None
+        stay = ended.int().argsort(stable=True)[:size].sort().values
+        self.cache.keep(stay)
+        return stay
 
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, seed=None, *,
-             forbid=(), stop=None, with_logprobs=False):  # fmt: skip
-    """Continues each prompt by up to `max_new_tokens`.
+             forbid=(), stop=None):  # fmt: skip
+    """Continues each prompt by up to `max_new_tokens` tokens.
 
-    prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
-    several, or None to run to the limit), or where `stop(ids)` is first true of its new ids; `stop` looks at
-    the last 16 ids at least, and is asked every 8 tokens. `forbid`: ids never sampled. seed: makes it repeatable;
-    None draws from torch's global state.
-    Returns the new ids of each row, the ending one included; with `with_logprobs` also their logprobs.
+    prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id, several, or
+    None to run to the limit), or where `stop(ids)` is first true of its new ids. `forbid`: ids never sampled.
+    seed: makes it repeatable; None draws from torch's global state.
+    Returns the new ids of each row, the ending one included.
     """
-    if not prompts or not all(len(p) for p in prompts):
+    return sample_responses(model, prompts, max_new_tokens, Sampling(temperature, top_p, eos_id, forbid, stop), seed)[0]
+
+
+@torch.no_grad()
+def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
+    """(ids, logprobs): two lists with a list for each prompt, the new ids and the logprobs they were drawn with."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
         raise InputError("generate: every prompt needs at least one token")
     device = model.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    ends = torch.as_tensor(ends, device=device)
-    tokens, mask = pad_left(prompts, device)
-    B, P = tokens.shape
-    decoder = Decoder.for_model(model, B, P + max_new_tokens)
-    out = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+    prompt_tokens, prompt_mask = pad_left(prompts, device)
+    B, P = prompt_tokens.shape
+    tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
     lengths = torch.full((B,), max_new_tokens, device=device)
-    rows = torch.arange(B, device=device)  # the rows of `out` that are still in the batch
-    ended = torch.zeros(B, dtype=torch.bool, device=device)  # by row of `out`
-    logits = decoder.prefill(tokens, mask)
-    with cpu.decoding(model, B, max_new_tokens):
-        new = []  # (ids, logprobs) of the steps since `out` was last filled
-        for t in range(max_new_tokens):
-            new.append(sample(shape_logits(logits, temperature, forbid), temperature, top_p, generator))  # (b,) each
-            ids = new[-1][0]
-            if t % 8 == 7 or t + 1 == max_new_tokens:  # asking the device costs a wait: not at every token
-                start = t // 8 * 8
-                out[rows, start : t + 1], logprobs[rows, start : t + 1] = (torch.stack(x, 1) for x in zip(*new))
-                new = []
-                note_ends(out, ended, lengths, start, t + 1, ends, stop)
-                if ended.all():
-                    break
-                fewer = decoder.fewer(ended[rows])
-                if fewer is not None:  # finished sequences leave the batch
-                    decoder.cache.keep(fewer)
-                    rows, ids = rows[fewer], ids[fewer]
-            if t + 1 < max_new_tokens:
-                logits = decoder(ids)
-    cut = lambda rows: [row[:n] for row, n in zip(rows.tolist(), lengths.tolist())]  # noqa: E731
-    return (cut(out), cut(logprobs)) if with_logprobs else cut(out)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+    rows = torch.arange(B, device=device)  # the responses that are still in the batch
+    decoder = Decoder.of(model, B, P + max_new_tokens)
+    logits = decoder.prefill(model, prompt_tokens, prompt_mask)
+    for t in range(max_new_tokens):
+        logits = shape_logits(logits, sampling.temperature, sampling.forbid)
+        ids, chosen = sample(logits, sampling.temperature, sampling.top_p, generator)
+        tokens[rows, t] = ids
+        logprobs[rows, t] = chosen
+        is_last = t + 1 == max_new_tokens
+        if is_last or t % CHECK_EVERY == CHECK_EVERY - 1:
+            first = t // CHECK_EVERY * CHECK_EVERY
+            mark_ends(tokens[:, : t + 1], first, ended, lengths, sampling)
+            if is_last or ended.all():
+                break
+            stay = decoder.shrink(ended[rows])
+            if stay is not None:
+                rows = rows[stay]
+                ids = ids[stay]
+        logits = decoder.step(model, ids)
+    return cut(tokens, lengths), cut(logprobs, lengths)
 
 
-def note_ends(out, ended, lengths, start, stop_at, ends, stop):
-    """Notes in `ended` and `lengths` which rows of `out` end in columns start to stop_at, by an id or by `stop`."""
-    hits = torch.isin(out[:, start:stop_at], ends) & ~ended[:, None]  # (B, <= 8)
-    first = hits.any(1)
-    lengths[first] = start + hits[first].int().argmax(1) + 1
-    for i in () if stop is None else (~ended).nonzero()[:, 0].tolist():
-        end = stopped_at(out[i, : min(stop_at, int(lengths[i]))].tolist(), stop, start)
-        if end is not None:
-            lengths[i], first[i] = end, True
-    ended |= first
+def mark_ends(tokens, first, ended, lengths, sampling):
+    """Marks in `ended` and `lengths` (B,) which responses end in the columns of tokens (B, t) from `first` on."""
+    eos_ids = torch.as_tensor(sampling.eos_ids, device=tokens.device)
+    hits = torch.isin(tokens[:, first:], eos_ids) & ~ended[:, None]
+    hit_rows = hits.any(1)
+    lengths[hit_rows] = first + hits[hit_rows].int().argmax(1) + 1
+    if sampling.stop is not None:
+        for row in (~ended).nonzero()[:, 0].tolist():
+            ids = tokens[row, : int(lengths[row])].tolist()
+            if sampling.stop(ids):
+                lengths[row] = next(n for n in range(first + 1, len(ids) + 1) if sampling.stop(ids[:n]))
+                hit_rows[row] = True
+    ended |= hit_rows
+
+
+def cut(rows, lengths):
+    """Lists of the first `lengths` (B,) entries of each row (B, T)."""
+    return [row[:length] for row, length in zip(rows.tolist(), lengths.tolist())]

@@ -1,18 +1,46 @@
-"""What all training shares: batches of similar lengths, AdamW and its schedule, logprobs without all logits at once."""
+"""What all training shares: options, batches of similar lengths, logprobs without all logits at once, AdamW with its
+schedule, and the base of the trainers."""
 
 import math
+import zlib
+from dataclasses import dataclass
 
+import numpy
 import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-import cpu
 from generation import shape_logits
+from support import processes
+from support.options import option
+from support.state import Stateful
+
+LOGITS_BYTES = 2**27  # of fp32 logits at a time
+
+
+@dataclass
+class TrainingOptions:
+    TITLE = "training"
+
+    steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
+    seed: int = option(0, "everything random comes from it", least=0, most=2**62)
+    train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft", least=0)
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", least=0)
+    max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut", least=8)
+    lora_rank: int = option(0, "rank of adapters over one frozen copy of the base; 0 trains whole copies", least=0)
+    lora_alpha: float = option(0.0, "an adapter's change is multiplied by alpha / rank (default: 2 * rank)", least=0)
+    checkpointing: bool = option(False, "compute activations again in the backward pass: slower, far less memory")
+
+
+# ---------------------------------------------------------------- batches
 
 
 def by_length(lengths, tokens, generator):
-    """Splits range(len(lengths)) into batches of similar lengths, each of at most `tokens` tokens with its
-    padding (or of one item), in random order: a list of index lists."""
+    """Splits range(len(lengths)) into batches of similar lengths, each of at most `tokens` tokens with its padding (or
+    of one item), in random order: a list of index lists."""
     order = sorted(torch.randperm(len(lengths), generator=generator).tolist(), key=lambda i: lengths[i])
-    batches, batch = [], []
+    batches = []
+    batch = []
     for i in order:  # the newest is the longest, so it alone sets the padded width
         if batch and (len(batch) + 1) * lengths[i] > tokens:
             batches.append(batch)
@@ -22,110 +50,154 @@ def by_length(lengths, tokens, generator):
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
-def through_fp32(parameters):
-    """(what an optimizer is to train, function that prepares the optimizer) for parameters of which some are of a
-    smaller dtype: those are updated through fp32 copies, since in bf16 an update of less than 1/256 of a weight would
-    be rounded away."""
-    copies = {p: p.detach().float().requires_grad_() for p in parameters if p.dtype != torch.float32}
-
-    @torch.no_grad()
-    def before(*_):
-        for parameter, copy in copies.items():
-            copy.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-
-    @torch.no_grad()
-    def after(*_):
-        for parameter, copy in copies.items():
-            parameter.copy_(copy)
-
-    def prepare(optimizer):
-        optimizer.register_step_pre_hook(before)
-        optimizer.register_step_post_hook(after)
-        optimizer.write_back = after  # for whoever changes the copies by other means than a step
-        return optimizer
-
-    return [copies.get(p, p) for p in parameters], prepare
-
-
-def make_optimizer(modules, lr, steps, warmup=0.05, floor=0.1, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8):
-    """AdamW and its schedule: linear warm-up over a share of the steps, then a cosine down to `floor` * lr.
-    Weight decay on matrices alone."""
-    parameters, prepare = through_fp32([p for m in modules for p in m.parameters() if p.requires_grad])
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = prepare(torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True))
-    first = max(1, round(warmup * steps))
-
-    def scale(step):
-        if step < first:
-            return (step + 1) / first
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - first) / max(1, steps - first))))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-
-
-def descend(model, optimizer, schedule, max_grad_norm):
-    """An optimizer step along the gradients of `model`, scaled down to `max_grad_norm`; none where a gradient is NaN
-    or infinite, which would ruin the weights and the moments for good. Returns the norm that the gradients had."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm).item()
-    if math.isfinite(norm):
-        optimizer.step()
-        schedule.step()
-    return norm
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """Logprobs and entropy (N,), fp32, of token ids (N,) under softmax(hidden W^T / temperature), `forbid` left out.
-
-    The logits (N, V) exist for a few rows at a time. Their gradient is (onehot(id) - p) / temperature times the
-    logprob's, so that of the hidden states is the row (W[id] - p W) / temperature times a number that backward brings:
-    it is made here, where p is at hand. Only the gradient of W itself needs p again. The entropy has no gradient.
-    """
-
-    BYTES = 2**27  # of logits at a time
-
-    @staticmethod
-    def forward(ctx, hidden, weight, ids, temperature, forbid, train):
-        logprobs, entropy = (torch.empty(len(ids), device=ids.device) for _ in range(2))
-        pull = torch.empty_like(hidden) if train else None
-        parts = torch.arange(len(ids), device=ids.device).split(max(1, TokenLogprobs.BYTES // (4 * len(weight))))
-        for part in parts:
-            logp = TokenLogprobs.read(hidden[part], weight, temperature, forbid)
-            logprobs[part] = logp.gather(1, ids[part][:, None])[:, 0]
-            p = logp.exp()
-            entropy[part] = -torch.linalg.vecdot(p, logp.clamp_min_(torch.finfo(logp.dtype).min))  # 0 log 0 = 0
-            if train:
-                pull[part] = (weight[ids[part]] - cpu.linear(p.to(weight.dtype), weight.T)) / temperature
-        if train:
-            ctx.save_for_backward(hidden, weight, ids, pull, p if len(parts) == 1 else None)
-            ctx.settings, ctx.parts = (temperature, forbid), parts
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def read(hidden, weight, temperature, forbid):
-        logits = shape_logits(cpu.linear(hidden, weight), temperature, forbid)
-        return logits.sub_(logits.logsumexp(-1, keepdim=True))  # log_softmax is five times less exact on a CPU
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        hidden, weight, ids, pull, kept = ctx.saved_tensors
-        row = gradient[:, None].to(hidden.dtype)
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            pulled = hidden * row / ctx.settings[0]
-            of_weight = torch.zeros_like(weight).index_add_(0, ids, pulled)
-            for part in ctx.parts:
-                p = TokenLogprobs.read(hidden[part], weight, *ctx.settings).exp() if kept is None else kept
-                of_weight.addmm_(p.to(weight.dtype).T, pulled[part], alpha=-1)
-        return pull * row, of_weight, None, None, None, None
+# ---------------------------------------------------------------- logprobs
 
 
 def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
-    """(logprobs, entropy), (N,) each in fp32, of `ids` (N,) after `hidden` (N, C): see `TokenLogprobs`."""
-    weight = model.lm_head.weight
-    train = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    return TokenLogprobs.apply(hidden, weight, ids, temperature, forbid, train)
+    """Logprobs (N,), fp32, of `ids` (N,) under the softmax of the logits after `hidden` (N, C), `forbid` left out.
+    The logits (N, V) exist for a few rows at a time: backward computes them again."""
+
+    def logprobs_of(hidden, ids):
+        logits = shape_logits(model.lm_head(hidden), temperature, forbid)
+        return -F.cross_entropy(logits, ids, reduction="none")
+
+    rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+    if len(ids) <= rows:
+        return logprobs_of(hidden, ids)
+    chunks = zip(hidden.split(rows), ids.split(rows))
+    return torch.cat([checkpoint(logprobs_of, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+@torch.no_grad()
+def logprobs_and_entropy(model, hidden, ids, temperature=1.0, forbid=()):
+    """`token_logprobs` and the entropy of each distribution in nats, (N,) each, without gradients."""
+    rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+    logprobs = []
+    entropies = []
+    for hidden_rows, id_rows in zip(hidden.split(rows), ids.split(rows)):
+        logp = shape_logits(model.lm_head(hidden_rows), temperature, forbid).log_softmax(-1)
+        logprobs.append(logp.gather(1, id_rows[:, None])[:, 0])
+        entropies.append(-(logp.exp() * logp.clamp_min(-1e4)).sum(-1))  # 0 log 0 = 0
+    return torch.cat(logprobs), torch.cat(entropies)
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+class Optimizer:
+    """AdamW over what is trainable in a model: linear warm-up over 5% of the steps, then a cosine down to a tenth of
+    the learning rate, weight decay on matrices alone.
+
+    Parameters of a smaller dtype are updated through fp32 copies: in bf16 an update of less than 1/256 of a weight would
+    be rounded away. A step whose gradients are not finite is left out, since it would ruin weights and moments for good.
+    """
+
+    WARMUP = 0.05
+    FLOOR = 0.1
+
+    def __init__(self, model, lr, steps, max_grad_norm=1.0, weight_decay=0.0, eps=1e-8):
+        self.lr = lr
+        self.steps = steps
+        self.max_grad_norm = max_grad_norm
+        self.updates = 0
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        groups = {}  # a fused step takes tensors that are all whole or all in parts
+        for master in self.masters:
+            groups.setdefault((master.dim() > 1, processes.is_part(master)), []).append(master)
+        groups = [{"params": p, "weight_decay": weight_decay * is_matrix} for (is_matrix, _), p in groups.items()]
+        self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
+
+    def scale(self):
+        """The schedule: what the learning rate is multiplied by at this update."""
+        warmup = max(1, round(self.WARMUP * self.steps))
+        if self.updates < warmup:
+            return (self.updates + 1) / warmup
+        progress = min(1.0, (self.updates - warmup) / max(1, self.steps - warmup))
+        return self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def step(self):
+        """One update along the gradients, which are freed. Returns the norm that they had; where it is not finite
+        there was no update."""
+        norm = processes.clip_gradients(self.parameters, self.max_grad_norm)
+        if math.isfinite(norm):
+            for group in self.adam.param_groups:
+                group["lr"] = self.lr * self.scale()
+            for parameter, master in zip(self.parameters, self.masters):
+                if master is not parameter:
+                    master.grad = None if parameter.grad is None else parameter.grad.float()
+                    parameter.grad = None
+            self.adam.step()
+            self.updates += 1
+            self._write_back()
+        for tensor in (*self.parameters, *self.masters):
+            tensor.grad = None
+        return norm
+
+    @torch.no_grad()
+    def _write_back(self):
+        for parameter, master in zip(self.parameters, self.masters):
+            if master is not parameter:
+                parameter.copy_(master)
+
+    def state_dict(self):
+        """What changes: the parameters that are trained, whole (all processes help to gather them), Adam's moments of
+        each, and the number of updates."""
+        moments = []
+        for master in self.masters:
+            moments.append({name: processes.whole(value) for name, value in self.adam.state.get(master, {}).items()})
+        parameters = [processes.whole(master) for master in self.masters]
+        return {"parameters": parameters, "moments": moments, "updates": self.updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        for master, saved, moments in zip(self.masters, state["parameters"], state["moments"], strict=True):
+            if master.shape != saved.shape:
+                raise ValueError(f"a parameter of shape {tuple(saved.shape)}, {tuple(master.shape)} expected")
+            master.copy_(processes.like(saved, master))
+            for name, value in moments.items():
+                self.adam.state[master][name] = processes.like(value, master) if value.dim() else value.to(master.device)
+        self._write_back()
+        self.updates = state["updates"]
+
+
+# ---------------------------------------------------------------- trainers
+
+
+class Trainer(Stateful):
+    """The base of the trainers: a model, its optimizer, and an order in which `data`, a list, is gone through.
+    A trainer's `step()` is one step of its stage and returns its metrics; `state_dict()` is all that decides how it
+    goes on. Every process draws the same, and takes its share of what was drawn."""
+
+    CHANGES = ("order", "generator")
+
+    def __init__(self, data, seed):
+        self.data = data
+        self.order = []
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def begin(self):
+        """What comes before the first step of a new run."""
+
+    def draw(self, count):
+        """The next `count` items of a shuffled order, which starts again when it ends."""
+        while len(self.order) < count:
+            self.order += torch.randperm(len(self.data), generator=self.generator).tolist()
+        items = [self.data[i] for i in self.order[:count]]
+        self.order = self.order[count:]
+        return items
+
+    def checksum(self):
+        """A number that tells the id lists that are trained on from others."""
+        crc = 0
+        for ids in self.id_lists():
+            crc = zlib.crc32(numpy.asarray([len(ids), *ids]), crc)
+        return crc
+
+    def state_dict(self):
+        return super().state_dict() | {"data": self.checksum()}
+
+    def load_state_dict(self, state):
+        if state["data"] != self.checksum():
+            raise ValueError("it was made with other data")
+        super().load_state_dict(state)

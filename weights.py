@@ -1,29 +1,29 @@
 """Model folders in and out: names, shapes and files, no modules.
 
-In: Hugging Face form (`config.json` of `mistral` or `llama` type, `model.safetensors` or shards with an
-index) and the form Mistral distributes (`params.json`, `consolidated*.safetensors`), from a local folder
-or a hub id. Tensors are read one at a time, so that loading never holds two models. Out: Hugging Face
-form, written to a temporary folder and renamed. Only safetensors and JSON are read, never a pickle.
+In: Hugging Face's form (`config.json` of `mistral` or `llama` type, `model.safetensors` or shards with an index) and
+the form that Mistral distributes (`params.json`, `consolidated*.safetensors`), from a local folder or a hub id. Tensors
+are read one at a time, so that loading never holds two models. Out: Hugging Face's form, written to a temporary folder
+and renamed. Only safetensors and JSON are read, never a pickle.
 """
 
-import errno
-import json
 import os
 import re
 import shutil
 import zlib
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import safe_open
 
+from support import processes
+from support.files import InputError, read_json, read_tensors, reading, replacing, write_json, write_tensors
 
-class InputError(ValueError):
-    """A mistake in what the user handed us: one line that names the file and line, or the option."""
+ADAPTER = "adapter"  # the folder of a model's adapters, inside the model's own
+ADAPTER_NAME = "base_model.model.{}.lora_{}.weight"  # the peft library's name of A or B of a layer
 
 
 def locate(path_or_id):
-    """A local folder as it is; anything of the form owner/name is fetched from the hub. Returns a Path."""
+    """A local folder as it is; what has the form owner/name is fetched from the hub. Returns a Path."""
     folder = Path(path_or_id)
     if folder.is_dir():
         return folder
@@ -31,40 +31,29 @@ def locate(path_or_id):
         raise InputError(f"{folder}: a model is a folder, this is a file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) or str(path_or_id).startswith("."):
         raise InputError(f"{folder}: no such model folder")
+    return fetch(str(path_or_id))
+
+
+def fetch(name):
+    """The folder of a hub model, with weights in one form only, in the hub's cache."""
     from huggingface_hub import HfApi, snapshot_download
 
-    name, forms = str(path_or_id), ("model*.safetensors", "consolidated*.safetensors")
-    wanted = ["*.json", "tokenizer.model*", "*.jinja"]
+    forms = ("model*.safetensors", "consolidated*.safetensors")
+    others = ["*.json", "tokenizer.model*", "*.jinja"]
     try:
-        there = [f.rfilename for f in HfApi().model_info(name).siblings]
-        hf = any(re.fullmatch(r"model.*\.safetensors", file) for file in there)
-        return Path(snapshot_download(name, allow_patterns=[*wanted, forms[0 if hf else 1]]))
-    except Exception as e:  # huggingface_hub raises a dozen kinds, each of them "it is not to be had"
+        files = [file.rfilename for file in HfApi().model_info(name).siblings]
+        has_hf_form = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
+        return Path(snapshot_download(name, allow_patterns=[*others, forms[0 if has_hf_form else 1]]))
+    except Exception as error:  # huggingface_hub raises a dozen kinds, each of them "it is not to be had"
         for form in forms:  # unless it is in the cache
             try:
-                folder = Path(snapshot_download(name, allow_patterns=[*wanted, form], local_files_only=True))
+                folder = Path(snapshot_download(name, allow_patterns=[*others, form], local_files_only=True))
             except Exception:
                 continue
             if list(folder.glob(form)):
                 return folder
-        why = " ".join(f"{type(e).__name__}: {e}".split("\n")[0].split())
-        raise InputError(f"{name}: no such folder here, and the hub does not give it ({why})") from e
-
-
-# ---------------------------------------------------------------- config
-
-
-def read_json(path):
-    """The object in a JSON file. InputError where there is none."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise InputError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
+        reason = " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
+        raise InputError(f"{name}: no such folder here, and the hub does not give it ({reason})") from error
 
 
 def is_model(folder):
@@ -73,54 +62,82 @@ def is_model(folder):
 
 
 def fingerprint(folder):
-    """A number that tells the weights in a model folder from others; all of them are read for it."""
+    """A number that tells the weights in a model folder from others, from samples spread over every file: training
+    changes all weights."""
     crc = 0
     for path in sorted(Path(folder).glob("*.safetensors")):
+        size = path.stat().st_size
         with open(path, "rb") as file:
-            while part := file.read(2**24):
-                crc = zlib.crc32(part, crc)
+            for place in range(64):
+                file.seek(size * place // 64)
+                crc = zlib.crc32(file.read(2**14), crc)
     return crc
 
 
+# ---------------------------------------------------------------- config
+
+
 def read_config(folder):
-    """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not
-    implemented, before any weight is read."""
+    """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not implemented,
+    before any weight is read."""
     folder = Path(folder)
     if not (folder / "config.json").exists() and (folder / "params.json").exists():
-        return _config_from_params(read_json(folder / "params.json"), folder)
-    path = folder / "config.json"
-    config = read_json(path)
+        path = folder / "params.json"
+        config = translate_params(read_json(path), path)
+    else:
+        path = folder / "config.json"
+        config = complete_config(read_json(path), path)
+    check_sizes(config, path)
+    return config
+
+
+def check_sizes(config, path):
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
+    for name in sizes:
+        size = config.get(name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise InputError(f"{path}: {name} is {size!r}, a whole number above 0 expected")
+    heads = config.get("num_attention_heads", 32)
+    groups = config.get("num_key_value_heads") or heads
+    if heads % groups:
+        raise InputError(f"{path}: {heads} heads do not divide into {groups} key/value heads")
+
+
+def complete_config(config, path):
+    """A config.json of Hugging Face's with what transformers takes where an entry is absent."""
     if config.get("model_type") not in ("mistral", "llama"):
-        raise InputError(
-            f"{path}: model_type is {config.get('model_type')!r}, only 'mistral' and 'llama' are implemented"
-        )
+        kind = config.get("model_type")
+        raise InputError(f"{path}: model_type is {kind!r}, only 'mistral' and 'llama' are implemented")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    activation = config.get("hidden_act", "silu")
     refused = {
-        "rope scaling": kind if kind not in (None, "default") else None,
+        "rope scaling": scaling if scaling not in (None, "default") else None,
         "quantization_config": config.get("quantization_config"),
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "num_local_experts": config.get("num_local_experts"),
-        "hidden_act": config.get("hidden_act", "silu") if config.get("hidden_act", "silu") != "silu" else None,
+        "hidden_act": activation if activation != "silu" else None,
     }
-    for what, value in refused.items():
+    for name, value in refused.items():
         if value:
-            raise InputError(f"{path}: {what} {value!r} is not implemented")
-    # What transformers takes where a key is absent.
+            raise InputError(f"{path}: {name} {value!r} is not implemented")
     config["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
     config.setdefault("rms_norm_eps", 1e-6)
+    config.setdefault("sliding_window", 4096)  # an entry of null means none
+    if config["model_type"] == "llama":
+        config["sliding_window"] = None
     if config.get("num_key_value_heads") is None:
         config["num_key_value_heads"] = config.get("num_attention_heads") if config["model_type"] == "llama" else 8
     return config
 
 
-def _config_from_params(params, folder):
+def translate_params(params, path):
     """Mistral's own `params.json` in the names of `config.json`."""
     for key in ("moe", "quantization", "yarn", "rope_scaling", "llama_4_scaling", "_sliding_window"):
         if params.get(key):
-            what = {"moe": "experts", "quantization": "quantised weights"}.get(key, key)
-            raise InputError(f"{folder / 'params.json'}: {what} {params[key]!r} not implemented")
+            name = {"moe": "experts", "quantization": "quantised weights"}.get(key, key)
+            raise InputError(f"{path}: {name} {params[key]!r} not implemented")
     try:
         heads = params["n_heads"]
         return {
@@ -139,7 +156,7 @@ def _config_from_params(params, folder):
             "max_position_embeddings": params.get("max_seq_len") or 32768,
         }
     except KeyError as e:
-        raise InputError(f"{folder / 'params.json'}: no field {e}") from None
+        raise InputError(f"{path}: no field {e}") from None
 
 
 # ---------------------------------------------------------------- tensors in
@@ -181,7 +198,8 @@ class Weights:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.config = read_config(self.folder)
-        self.names, self._open = {}, {}
+        self.names = {}
+        self._open = {}
         for file in self._files():
             for name in self._file(file).keys():
                 self.names[_hf_name(name)] = (file, name)
@@ -193,12 +211,11 @@ class Weights:
         if not index.exists():
             files = sorted(p.name for p in self.folder.glob("consolidated*.safetensors"))
             if not files:
-                raise InputError(
-                    f"{self.folder}: no model.safetensors, no index of shards and no consolidated.safetensors"
-                )
+                forms = "no model.safetensors, no index of shards and no consolidated.safetensors"
+                raise InputError(f"{self.folder}: {forms}")
             return files
         files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
             raise InputError(f"{index}: no weight_map of names to files")
         for file in set(files.values()):
             if not self._is_own(file):
@@ -207,141 +224,128 @@ class Weights:
 
     def _is_own(self, file):
         """A plain name, and no link that leads out of the folder (the hub's cache links into its own blobs)."""
-        real, folder = (self.folder / file).resolve(), self.folder.resolve()
+        real = (self.folder / file).resolve()
+        folder = self.folder.resolve()
         blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
         return Path(file).name == file and real.parent in (folder, blobs)
 
     def _file(self, file):
         if file not in self._open:
-            try:
+            with reading(self.folder / file, "a whole safetensors file"):
                 self._open[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as e:
-                raise InputError(f"{self.folder / file}: not a whole safetensors file ({e})") from None
         return self._open[file]
 
     def shape(self, name):
-        file, inner = self.names[name]
-        return tuple(self._file(file).get_slice(inner).get_shape())
+        file, name_in_file = self.names[name]
+        return tuple(self._file(file).get_slice(name_in_file).get_shape())
+
+    def dtype(self, name):
+        """The dtype that the tensor is stored in."""
+        file, name_in_file = self.names[name]
+        return self._file(file).get_tensor(name_in_file).dtype
 
     def read(self, name):
-        """The tensor `name` in the dtype it is stored in, on the CPU."""
-        file, inner = self.names[name]
-        tensor = self._file(file).get_tensor(inner)
-        if inner != name and inner.endswith(("wq.weight", "wk.weight")):
+        """The tensor `name` in the dtype it is stored in, on the CPU. InputError where a value is not finite."""
+        file, name_in_file = self.names[name]
+        tensor = self._file(file).get_tensor(name_in_file)
+        if name_in_file != name and name_in_file.endswith(("wq.weight", "wk.weight")):
             c = self.config
             tensor = deinterleave(tensor, c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{self.folder}: {name} has NaN or infinite values")
         return tensor
 
+    def check_shapes(self, shapes, optional=()):
+        """InputError where the folder lacks a tensor of `shapes`, {name: shape}, or has it in another shape."""
+        for name, shape in shapes.items():
+            if name not in self.names:
+                if name in optional:
+                    continue
+                untied = name == "lm_head.weight" and "model.embed_tokens.weight" in self.names
+                why = ", and the config does not tie it to the embedding" if untied else ""
+                raise InputError(f"{self.folder}: the weights have no {name}{why}")
+            if self.shape(name) != shape:
+                raise InputError(f"{self.folder}: {name} is {self.shape(name)}, its config asks for {shape}")
 
-def read_tensors(path):
-    """{name: tensor} of a small safetensors file."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+
+class Unfolded(Weights):
+    """A folder whose weights a stage has folded adapters into, read as base + alpha / r B A in fp32: folding rounded
+    the weights to bf16, where small changes are lost."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        path = self.folder / ADAPTER
+        settings = read_json(path / "adapter_config.json")
+        self.scale = settings["lora_alpha"] / settings["r"]
+        self.adapter = read_tensors(path / "adapter_model.safetensors")
+        self.base = Weights(locate(settings["base_model_name_or_path"]))
+        if fingerprint(self.base.folder) != settings["base_fingerprint"]:
+            raise InputError(f"{path}: {self.base.folder} holds other weights than those it was trained over")
+
+    def read(self, name):
+        if name not in self.base.names:
+            return super().read(name)
+        tensor = self.base.read(name)
+        layer = name.removesuffix(".weight")
+        A = self.adapter.get(ADAPTER_NAME.format(layer, "A"))
+        if A is None:
+            return tensor
+        B = self.adapter[ADAPTER_NAME.format(layer, "B")]
+        return tensor.float() + self.scale * B.float() @ A.float()
+
+
+def open_exact(path_or_id):
+    """The `Weights` of a model folder, as exact as the folder has them."""
+    folder = locate(path_or_id)
+    return Unfolded(folder) if (folder / ADAPTER / "adapter_config.json").exists() else Weights(folder)
 
 
 # ---------------------------------------------------------------- tensors out
 
 
-class replacing:
-    """`with replacing(folder) as temporary:` fills a folder beside `folder` that takes its name at the
-    end, when all of it is on the disk: an interrupted write leaves the old folder as it was."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.temporary = self.folder.with_name(f".{self.folder.name}.writing")
-
-    def __enter__(self):
-        if self.folder.is_file():
-            raise InputError(f"{self.folder}: a file stands where a folder is to be written")
-        shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
-        return self.temporary
-
-    def __exit__(self, kind, *_):
-        if kind is not None:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            return
-        for path in self.temporary.rglob("*"):
-            sync(path)
-        sync(self.temporary)
-        old = self.folder.with_name(f".{self.folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if self.folder.exists():
-            os.rename(self.folder, old)
-        os.rename(self.temporary, self.folder)
-        sync(self.folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def sync(path):
-    """Waits until a file, or the names in a folder, are on the disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def write_json(path, value):
-    """JSON to a temporary name, then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    sync(temporary)
-    os.replace(temporary, path)
-
-
 def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
-    """Writes a model folder in Hugging Face form.
+    """Writes a model folder in Hugging Face's form.
 
-    `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of
-    `shard_bytes` is full; `files` stand beside them (the tokenizer's): paths to copy, or
-    (name, text or {name: tensor}) pairs.
+    `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of `shard_bytes` is
+    full. `files` stand beside them: paths to copy, or (name, content) pairs, where the content is a text, a dict for
+    JSON, or {name: tensor} for safetensors. Of several processes the first writes, and all help to gather.
     """
+    if not processes.is_first():
+        for _ in tensors:  # gathering a tensor takes all processes
+            pass
+        return
     with replacing(folder) as temporary:
-        shards, shard, size = [], {}, 0
+        shards = []
+        shard = {}
         for name, tensor in tensors:
-            tensor = whole(tensor).cpu().contiguous()
-            if shard and size + tensor.nbytes > shard_bytes:
+            tensor = tensor.detach().cpu().contiguous()
+            if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
                 shards.append(_write_shard(temporary, len(shards), shard))
-                shard, size = {}, 0
+                shard = {}
             shard[name] = tensor
-            size += tensor.nbytes
         shards.append(_write_shard(temporary, len(shards), shard))
         del shard
         _name_shards(temporary, shards)
         write_json(temporary / "config.json", config)
         for path in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", path)  # safetensors lets nobody but the owner read
-        ids = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-        write_json(temporary / "generation_config.json", ids)
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        write_json(temporary / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
         for file in files:
-            if isinstance(file, tuple):
-                _write_beside(temporary / file[0], file[1])
-            else:
-                shutil.copyfile(file, temporary / Path(file).name)
+            _write_beside(temporary, file)
 
 
-def whole(tensor):
-    """The values of a tensor: all of it, where several processes hold a part each (a DTensor)."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def write_tensors(path, tensors):
-    """{name: tensor} to a safetensors file. OSError, with the path, where the disk does not take it."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as e:
-        raise OSError(errno.EIO, str(e), str(path)) from e
-
-
-def _write_beside(path, content):
+def _write_beside(folder, file):
+    if not isinstance(file, tuple):
+        shutil.copyfile(file, folder / Path(file).name)
+        return
+    name, content = file
+    path = folder / name
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
+    elif name.endswith(".json"):
+        write_json(path, content)
     else:
         write_tensors(path, content)
 
@@ -355,11 +359,10 @@ def _name_shards(folder, shards):
     if len(shards) == 1:
         os.rename(folder / "shard-0", folder / "model.safetensors")
         return
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for i, name in enumerate(names):
-        os.rename(folder / f"shard-{i}", folder / name)
-    index = {
-        "metadata": {"total_size": sum(sum(s.values()) for s in shards)},
-        "weight_map": {n: names[i] for i, s in enumerate(shards) for n in s},
-    }
-    write_json(folder / "model.safetensors.index.json", index)
+    files = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(folder / f"shard-{i}", folder / file)
+        files |= dict.fromkeys(shard, file)
+    size = sum(sum(shard.values()) for shard in shards)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})

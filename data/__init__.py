@@ -3,6 +3,7 @@
 from data.readers import (  # noqa: F401
     dialogue,
     hh_prompt,
+    dialogue_text,
     read_instructions,
     read_preferences,
     read_prompts,

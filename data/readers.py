@@ -4,103 +4,118 @@ r"""Readers of public data formats: a file or a folder in, an iterator of plain 
     read_prompts(path)       ->  prompts, strings
     read_instructions(path)  ->  [{"role", "content"}, ...], ending with an assistant turn
 
-A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next
-reply at its end: "\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:".
-A reply to a dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for
-byte; a reply to plain text stands as the row has it. `dialogue` turns either kind of prompt into
-messages for a chat template, `hh_prompt` turns them back.
+A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next reply at its end:
+"\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a dialogue keeps its
+leading space, so that prompt + chosen is the row's dialogue byte for byte; a reply to plain text stands as the row has
+it. `dialogue` turns either kind of prompt into messages for a chat template, `hh_prompt` turns them back.
 
-Files are read line by line (lines of up to 256 MiB); a JSON array alone is held in memory whole.
-`.gz` is unpacked on the way. A folder stands for all files below it with an ending that the reader
-knows, sorted. A mistake in a file is an `InputError` of one line, `file:line: what was expected`.
-Rows that are well formed but useless (chosen and rejected alike, a blank turn) are left out and
-counted: `rows.skipped` is a Counter of reasons.
+Files are read line by line (lines of up to 256 MiB); only a JSON array is held in memory whole. `.gz` is unpacked on
+the way. A folder stands for all files below it with an ending that the reader knows, sorted. A mistake in a file is an
+`InputError` of one line, `file:line: expected ...`. Rows that are well formed but useless (chosen and rejected alike, a
+blank turn) are left out and counted: `rows.skipped` is a Counter of reasons.
 """
+
 import csv
 import gzip
 import hashlib
 import json
 import reprlib
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from weights import InputError
+from support.files import InputError, reading
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-MAX_LINE = 256 * 2**20   # bytes; a file without line ends would fill the memory before it is refused
+MAX_LINE = 256 * 2**20  # bytes; a file without line ends would fill the memory before it is refused
 JSON = (".jsonl", ".json")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-QUESTIONS = ("instruction", "question", "prompt", "goal")   # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
+QUESTIONS = ("instruction", "question", "prompt", "goal")  # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
 ANSWERS = ("output", "response", "answer", "completion")
-PREFERENCE_FORMS = ('{"chosen", "rejected"} dialogues, {"prompt", "chosen", "rejected"} '
-                    'or {"prompt", "response": [better, worse]}')
-INSTRUCTION_FORMS = ('{"messages"}, {"conversations"}, {"instruction", "input", "output"}, '
-                     '{"prompt", "response"} or {"question", "answer"}')
+PREFERENCE_FORMS = (
+    '{"chosen", "rejected"} dialogues, {"prompt", "chosen", "rejected"} or {"prompt", "response": [better, worse]}'
+)
+INSTRUCTION_FORMS = (
+    '{"messages"}, {"conversations"}, {"instruction", "input", "output"}, {"prompt", "response"} '
+    'or {"question", "answer"}'
+)
 PROMPT_FORMS = '{"prompt"}, {"goal"}, {"turns"}, ' + INSTRUCTION_FORMS
 
 
 def read_preferences(path) -> "Rows":
-    """(prompt, chosen, rejected) from `PREFERENCE_FORMS`; replies and prompt may be message lists."""
-    return Rows(path, JSON, _preference)
+    """(prompt, chosen, rejected) from {"chosen", "rejected"} dialogues (HH), {"prompt", "chosen", "rejected"} or
+    {"prompt", "response": [better, worse]} (PKU-SafeRLHF), a row a line or a JSON array. Prompt and replies may also
+    be lists of messages (UltraFeedback)."""
+    return Rows(path, JSON, preference)
 
 
 def read_prompts(path) -> "Rows":
-    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a
-    `prompt` or `goal` column (XSTest, AdvBench), or the lines of a text file."""
-    return Rows(path, JSON + (".tsv", ".csv", ".txt"), _prompt)
+    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a `prompt` or `goal`
+    column (XSTest, AdvBench), or the lines of a text file."""
+    return Rows(path, JSON + (".tsv", ".csv", ".txt"), prompt_of_row)
 
 
 def read_instructions(path) -> "Rows":
-    """Messages from `INSTRUCTION_FORMS`, Alpaca's `history` included, and FLAN's chain-of-thought TSV.
-    Texts stand as in the row (GSM8K keeps its <<48/2=24>>); turns after the last answer are dropped."""
-    return Rows(path, JSON + (".tsv",), _instruction)
+    """Messages from {"messages"} or {"conversations"} (ShareGPT, LIMA), {"instruction", "input", "output"} (Alpaca with
+    its `history`, Dolly), {"prompt", "response"}, {"question", "answer"}, or FLAN's chain-of-thought TSV. Texts stand
+    as in the row (GSM8K keeps its <<48/2=24>>); turns after the last answer are dropped."""
+    return Rows(path, JSON + (".tsv",), instruction)
 
 
 def dialogue(prompt: str) -> list[dict]:
     r"""The messages of a prompt, without the cue at its end. Roles alternate.
 
     "Be kind.\n\nHuman: Hi\n\nAssistant:" -> system "Be kind.", user "Hi"; "Hi" -> user "Hi".
-    A turn ends only where the other speaker begins: a few HH prompts hold two Assistant turns in a row,
-    which chat templates refuse. Here the second stays text inside the first and nothing is lost.
+    A turn ends only where the other speaker begins: a few HH prompts hold two Assistant turns in a row, which chat
+    templates refuse. Here the second stays text inside the first and nothing is lost.
     """
     system, tag, rest = prompt.partition(HUMAN)
     if not tag:
         return [{"role": "user", "content": prompt}]
     messages = [{"role": "system", "content": system}] if system else []
     before, _, after = rest.rpartition(ASSISTANT)
-    rest = rest if after.strip() else before
-    turn, other = ("user", ASSISTANT), ("assistant", HUMAN)
+    if not after.strip():
+        rest = before
+    role, next_tag = "user", ASSISTANT
     while tag:
-        text, tag, rest = rest.partition(turn[1])
-        messages.append({"role": turn[0], "content": text.removeprefix(" ")})
-        turn, other = other, turn
+        text, tag, rest = rest.partition(next_tag)
+        messages.append({"role": role, "content": text.removeprefix(" ")})
+        role, next_tag = ("assistant", HUMAN) if role == "user" else ("user", ASSISTANT)
     return messages
 
 
 def hh_prompt(messages: list[dict]) -> str:
-    """The HH form of messages, with the cue for the next reply. The inverse of `dialogue`, except that
-    it puts a space after every tag."""
-    return _hh_text(messages) + ASSISTANT
+    """The HH form of messages, with the cue for the next reply. The inverse of `dialogue`, except that it puts a space
+    after every tag."""
+    return hh_text(messages) + ASSISTANT
+
+
+def dialogue_text(messages: list[dict]) -> str:
+    """The text of a prompt's messages: a lone question stands for itself, all else has the HH form."""
+    is_plain = len(messages) == 1 and HUMAN not in messages[0]["content"]
+    return messages[0]["content"] if is_plain else hh_prompt(messages)
 
 
 def split_by_first_turn(items, fraction: float, seed: int) -> tuple[list, list]:
-    """(train, held_out) with no first human turn on both sides; about `fraction` of them held out.
+    """(train, test) with no first human turn on both sides; about `fraction` of the turns go to the test side.
 
-    HH repeats its openings, so held-out rows drawn at random would share them with training. A hash
-    of the turn and the seed decides: neither the order nor the other rows change an item's side.
-    `items`: what any of the three readers yields."""
+    HH repeats its openings, so test rows drawn at random would share them with training. A hash of the turn and the
+    seed decides: neither the order nor the other rows change an item's side. `items`: what any of the three readers
+    yields.
+    """
     if not 0 <= fraction <= 1:
         raise InputError(f"fraction: expected a number from 0 to 1, found {fraction}")
-    sides = [], []
+    train, test = [], []
     for item in items:
-        messages = item if isinstance(item, list) else dialogue(item if isinstance(item, str) else item[0])
-        first = next(message["content"] for message in messages if message["role"] == "user")
-        first = " ".join(first.casefold().split())   # repeats may differ in blanks or case alone
-        digest = hashlib.sha256(f"{seed}\n{first}".encode()).digest()
-        sides[int.from_bytes(digest[:6], "big") / 2**48 < fraction].append(item)
-    return sides
+        messages = item
+        if not isinstance(item, list):
+            messages = dialogue(item if isinstance(item, str) else item[0])
+        turn = next(message["content"] for message in messages if message["role"] == "user")
+        turn = " ".join(turn.casefold().split())  # repeats may differ in blanks or case alone
+        digest = hashlib.sha256(f"{seed}\n{turn}".encode()).digest()
+        place = int.from_bytes(digest[:6], "big") / 2**48  # uniform over 0..1
+        (test if place < fraction else train).append(item)
+    return train, test
 
 
 class Rows(Iterator):
@@ -108,7 +123,7 @@ class Rows(Iterator):
 
     def __init__(self, path, endings, convert):
         self.skipped = Counter()
-        self._items = self._read(path, _files(Path(path), endings), convert)
+        self._items = self._read(path, files_below(Path(path), endings), convert)
 
     def __next__(self):
         return next(self._items)
@@ -117,66 +132,70 @@ class Rows(Iterator):
         usable = False
         for file in files:
             where = None
-            for where, row in _rows(file):
+            for where, row in rows_of_file(file):
                 try:
                     if not isinstance(row, dict):
                         raise InputError(f"expected a JSON object, found {reprlib.repr(row)}")
                     item = convert(row)
-                except _Skip as reason:
+                except Skip as reason:
                     self.skipped[str(reason)] += 1
+                    continue
                 except InputError as error:
                     raise InputError(f"{where}: {error}") from None
-                else:
-                    usable = True
-                    yield item
+                usable = True
+                yield item
             if where is None:
                 raise InputError(f"{file}: expected at least one row, found none")
         if not usable:
-            found = ", ".join(f"{count} with {reason}" for reason, count in self.skipped.items())
-            raise InputError(f"{path}: expected at least one usable row, found {found}")
+            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.skipped.items())
+            raise InputError(f"{path}: expected at least one usable row, found {reasons}")
 
 
-class _Skip(Exception):
+class Skip(Exception):
     """A well-formed row of no use; the message is the reason under which it is counted."""
 
 
-# ---- from rows to values ----
+# ---------------------------------------------------------------- from rows to values
 
-def _preference(row: dict) -> tuple[str, str, str]:
-    prompt, chosen, rejected = _pair(row)
+
+def preference(row: dict) -> tuple[str, str, str]:
+    prompt, chosen, rejected = pair(row)
     if chosen == rejected:
-        raise _Skip("chosen and rejected alike")
+        raise Skip("chosen and rejected alike")
     return prompt, chosen, rejected
 
 
-def _pair(row: dict) -> tuple[str, str, str]:
+def pair(row: dict) -> tuple[str, str, str]:
     prompt, ranked = row.get("prompt"), row.get("response")
-    if isinstance(ranked, list) and len(ranked) == 2 and prompt is not None:   # PKU-SafeRLHF
+    if isinstance(ranked, list) and len(ranked) == 2 and prompt is not None:  # PKU-SafeRLHF
         row = {"chosen": ranked[0], "rejected": ranked[1]}
     if "chosen" not in row or "rejected" not in row:
         raise InputError(f"expected {PREFERENCE_FORMS}, found {reprlib.repr(list(row))}")
     if isinstance(row["chosen"], list):
-        before = [] if prompt is None else _turns(prompt, "prompt")
-        return _split(*(_whole(before, row[field], field) for field in ("chosen", "rejected")))
-    replies = [_text(row[field], field) for field in ("chosen", "rejected")]
+        before = [] if prompt is None else turns_of(prompt, "prompt")
+        return split(whole(before, row["chosen"], "chosen"), whole(before, row["rejected"], "rejected"))
+    chosen = text_of(row["chosen"], "chosen")
+    rejected = text_of(row["rejected"], "rejected")
     if prompt is None:
-        return _split(*replies)
-    prompt = _prompt_text(prompt, "prompt")
-    space = " " if prompt.endswith(ASSISTANT) else ""   # a reply to a dialogue has its leading space
-    return prompt, *(reply if reply[:1].isspace() else space + reply for reply in replies)
+        return split(chosen, rejected)
+    prompt = prompt_text(prompt, "prompt")
+    if prompt.endswith(ASSISTANT):  # a reply to a dialogue has its leading space
+        chosen = chosen if chosen[:1].isspace() else " " + chosen
+        rejected = rejected if rejected[:1].isspace() else " " + rejected
+    return prompt, chosen, rejected
 
 
-def _whole(before: list[dict], reply, field: str) -> str:
+def whole(before: list[dict], reply, field: str) -> str:
     """A dialogue from a reply's messages, which may have the prompt in front of them (UltraFeedback)."""
-    messages = _turns(_list(reply, field), field)
+    messages = turns_of(list_of(reply, field), field)
     if not any(message["role"] == "user" for message in messages):
         messages = before + messages
-    return _hh_text(_alternating(messages))
+    return hh_text(alternating(messages))
 
 
-def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Cut two dialogues after the last cue up to which they agree. A few in HH part before their last
-    turn; the replies then hold all that follows, turns of both speakers."""
+def split(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Cut two dialogues after the last cue up to which they agree. A few in HH part before their last turn; the
+    replies then hold all that follows, turns of both speakers."""
     end = len(chosen)
     while (start := chosen.rfind(ASSISTANT, 0, end)) >= 0:
         cut = start + len(ASSISTANT)
@@ -186,59 +205,63 @@ def _split(chosen: str, rejected: str) -> tuple[str, str, str]:
     raise InputError(r'expected "chosen" and "rejected" to agree up to some "\n\nAssistant:"')
 
 
-def _prompt(row: dict) -> str:
+def prompt_of_row(row: dict) -> str:
     if "prompt" in row:
-        return _prompt_text(row["prompt"], "prompt")
+        return prompt_text(row["prompt"], "prompt")
     if "chosen" in row and "rejected" in row:
-        return _pair(row)[0]
+        return pair(row)[0]
     if isinstance(row.get("turns"), list) and row["turns"]:
-        return _prompt_text(row["turns"][0], "turns")
-    messages = _conversation(row, PROMPT_FORMS)
+        return prompt_text(row["turns"][0], "turns")
+    messages = conversation(row, PROMPT_FORMS)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return _prompt_text(messages, "messages")
+    return prompt_text(messages, "messages")
 
 
-def _instruction(row: dict) -> list[dict]:
-    messages = _conversation(row, INSTRUCTION_FORMS)
+def instruction(row: dict) -> list[dict]:
+    messages = conversation(row, INSTRUCTION_FORMS)
     if not any(field in row for field in ("messages", "conversations", *ANSWERS)):
         raise InputError(f"expected {INSTRUCTION_FORMS}, found {reprlib.repr(list(row))}")
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
-    messages = _alternating(messages)
+    messages = alternating(messages)
     if not messages or messages[-1]["role"] != "assistant":
-        raise _Skip("no answer to a question")
+        raise Skip("no answer to a question")
     if not all(message["content"].strip() for message in messages):
-        raise _Skip("a blank turn")
+        raise Skip("a blank turn")
     return messages
 
 
-def _conversation(row: dict, forms: str) -> list[dict]:
+def conversation(row: dict, forms: str) -> list[dict]:
     """The messages of an instruction row; they end with the question where it has no answer."""
     for field in ("messages", "conversations"):
         if field in row:
-            return _turns(_list(row[field], field), field)
-    asked = next((field for field in QUESTIONS if field in row), None)
-    if asked is None:
+            return turns_of(list_of(row[field], field), field)
+    question = next((field for field in QUESTIONS if field in row), None)
+    if question is None:
         raise InputError(f"expected {forms}, found {reprlib.repr(list(row))}")
-    past = _list(row.get("history") or [], "history")   # [[question, answer], ...]
-    messages = [turn for pair in past for turn in _turns(_list(pair, "history"), "history")]
-    if asked == "prompt":
-        messages += _turns(row["prompt"], "prompt")
+    messages = []
+    for exchange in list_of(row.get("history") or [], "history"):  # [[question, answer], ...]
+        messages += turns_of(list_of(exchange, "history"), "history")
+    if question == "prompt":
+        messages += turns_of(row["prompt"], "prompt")
     else:
-        context = _text(row.get("input") or row.get("context") or "", "input")
-        content = _text(row[asked], asked) + (f"\n\n{context}" if context.strip() else "")
+        content = text_of(row[question], question)
+        context = text_of(row.get("input") or row.get("context") or "", "input")
+        if context.strip():
+            content += f"\n\n{context}"
         messages.append({"role": "user", "content": content})
-    for field in [field for field in ANSWERS if field in row][:1]:
-        messages.append({"role": "assistant", "content": _text(row[field], field)})
+    answer = next((field for field in ANSWERS if field in row), None)
+    if answer is not None:
+        messages.append({"role": "assistant", "content": text_of(row[answer], answer)})
     return messages
 
 
-def _turns(value, field: str) -> list[dict]:
-    """Messages from a prompt's text, or from a list of {"role", "content"}, of ShareGPT's
-    {"from", "value"}, or (in LIMA's `conversations`) of bare texts in turn."""
+def turns_of(value, field: str) -> list[dict]:
+    """Messages from a prompt's text, or from a list of {"role", "content"}, of ShareGPT's {"from", "value"}, or (in
+    LIMA's `conversations`) of bare texts in turn."""
     if isinstance(value, str):
-        return dialogue(_text(value, field))
+        return dialogue(text_of(value, field))
     if not isinstance(value, list):
         raise InputError(f'expected "{field}" to be text or a list of messages, found {reprlib.repr(value)}')
     messages = []
@@ -247,133 +270,155 @@ def _turns(value, field: str) -> list[dict]:
             turn = {"role": ("user", "assistant")[index % 2], "content": turn}
         role = ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
         if role is None:
-            raise InputError(f'expected "{field}" to hold messages with a role of {", ".join(ROLES)}, '
-                             f'found {reprlib.repr(turn)}')
-        content = _text(turn.get("content", turn.get("value")), f"{field}: content")
+            roles = ", ".join(ROLES)
+            message = f'expected "{field}" to hold messages with a role of {roles}, found {reprlib.repr(turn)}'
+            raise InputError(message)
+        content = text_of(turn.get("content", turn.get("value")), f"{field}: content")
         messages.append({"role": role, "content": content})
     return messages
 
 
-def _alternating(messages: list[dict]) -> list[dict]:
-    """Messages as chat templates take them: a system text or none, then user and assistant in turn.
-    ShareGPT dialogues may open with the model's words, which answer nothing; they go."""
+def alternating(messages: list[dict]) -> list[dict]:
+    """Messages as chat templates take them: a system text or none, then user and assistant in turn. ShareGPT dialogues
+    may open with the model's words, which answer nothing; they go."""
     system = [message for message in messages[:1] if message["role"] == "system"]
-    turns = messages[len(system):]
+    turns = messages[len(system) :]
     while turns and turns[0]["role"] == "assistant":
         turns = turns[1:]
     if any(turn["role"] != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)):
-        raise _Skip("turns that do not alternate")
+        raise Skip("turns that do not alternate")
     return [message for message in system if message["content"].strip()] + turns
 
 
-def _prompt_text(prompt, field: str) -> str:
-    """A prompt from text or messages. One user message stands for itself, unless it would be taken
-    for a dialogue; all else gets the form of one, with the cue."""
-    messages = _alternating(_turns(prompt, field))
-    asked = [message["content"] for message in messages if message["role"] == "user"]
-    if not "".join(asked).strip():
-        raise _Skip("a blank prompt")
-    plain = len(messages) == 1 and HUMAN not in (prompt if isinstance(prompt, str) else asked[0])
-    return asked[0] if plain else hh_prompt(messages)
+def prompt_text(prompt, field: str) -> str:
+    """A prompt from text or messages. One user message stands for itself, unless it would be taken for a dialogue; all
+    else gets the form of one, with the cue."""
+    messages = alternating(turns_of(prompt, field))
+    questions = [message["content"] for message in messages if message["role"] == "user"]
+    if not "".join(questions).strip():
+        raise Skip("a blank prompt")
+    text = prompt if isinstance(prompt, str) else questions[0]
+    return questions[0] if len(messages) == 1 and HUMAN not in text else hh_prompt(messages)
 
 
-def _hh_text(messages: list[dict]) -> str:
+def hh_text(messages: list[dict]) -> str:
     tags = {"system": "", "user": HUMAN + " ", "assistant": ASSISTANT + " "}
     return "".join(tags[message["role"]] + message["content"] for message in messages)
 
 
-def _list(value, field: str) -> list:
+def list_of(value, field: str) -> list:
     if not isinstance(value, list):
         raise InputError(f'expected "{field}" to be a list, found {reprlib.repr(value)}')
     return value
 
 
-def _text(value, field: str) -> str:
+def text_of(value, field: str) -> str:
     try:
-        value.encode()   # JSON can spell "\ud800", half of a character; no tokenizer takes it
-        return value
+        value.encode()  # JSON can spell "\ud800", half of a character; no tokenizer takes it
     except (AttributeError, UnicodeEncodeError):
         raise InputError(f'expected "{field}" to be text, found {reprlib.repr(value)}') from None
+    return value
 
 
-# ---- from files to rows ----
+# ---------------------------------------------------------------- from files to rows
 
-def _files(path: Path, endings: tuple[str, ...]) -> list[Path]:
-    known = endings + tuple(ending + ".gz" for ending in endings)
-    try:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in found if file.is_file() and file.name.lower().endswith(known)
-                 and not file.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
+    with reading(path, "a file or a folder"):
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        known = endings + tuple(ending + ".gz" for ending in endings)
+        files = [file for file in files if file.is_file() and file.name.lower().endswith(known)]
+    files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        raise InputError(f"{path}: expected a file, or a folder of files, ending in {', '.join(endings)} "
-                         f"or .gz of these, found {'none' if path.exists() else 'nothing at that path'}")
+        found = "none" if path.exists() else "nothing at that path"
+        expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
+        raise InputError(f"{path}: expected {expected}, found {found}")
     return files
 
 
-def _rows(path: Path) -> Iterator[tuple[str, object]]:
+def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
     """(where, row) for each row; where is "file:line", or "file: item N" in a JSON array."""
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    lines = ((number, text) for number, text in _lines(path) if text.strip())
     if kind == "csv":
-        return _csv_rows(path)
-    if kind == "tsv":
-        return ((f"{path}:{number}", _flan_row(text, path, number)) for number, text in lines)
-    if kind == "txt":
-        return ((f"{path}:{number}", {"prompt": text}) for number, text in lines)
-    first = next((text for _, text in _lines(path) if text.strip()), "")
-    if not first.lstrip().startswith("["):   # told by content: .json is in use for both
-        return ((f"{path}:{number}", _parse(text, path, number)) for number, text in lines)
-    items = _parse("\n".join(text for _, text in _lines(path)), path, 1)
-    return ((f"{path}: item {number}", item) for number, item in enumerate(items, 1))
+        yield from csv_rows(path)
+        return
+    if kind not in ("tsv", "txt"):
+        start = next((text for _, text in lines_of_file(path) if text.strip()), "")
+        if start.lstrip().startswith("["):  # told by content: .json is in use for both
+            yield from array_items(path)
+            return
+    for number, text in lines_of_file(path):
+        where = f"{path}:{number}"
+        if not text.strip():
+            continue
+        if kind == "tsv":
+            yield where, flan_row(text, where)
+        elif kind == "txt":
+            yield where, {"prompt": text}
+        else:
+            yield where, parse(text, path, number)
 
 
-def _parse(text: str, path: Path, line: int):
+def array_items(path: Path) -> Iterator[tuple[str, object]]:
+    text = "\n".join(text for _, text in lines_of_file(path))
+    for number, item in enumerate(parse(text, path, 1), start=1):
+        yield f"{path}: item {number}", item
+
+
+def parse(text: str, path: Path, line: int):
+    """The JSON value of a text that begins in that line of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line + error.lineno - 1}: expected a JSON object a line, or one array "
-                         f"of them ({error.msg}, column {error.colno})") from None
-    except (ValueError, RecursionError) as error:   # a number of over 4300 digits; nesting without end
+        line += error.lineno - 1
+        form = "a JSON object a line, or one array of them"
+        raise InputError(f"{path}:{line}: expected {form} ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of over 4300 digits; nesting without end
         raise InputError(f"{path}:{line}: expected plain JSON ({error})") from None
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    rows = csv.DictReader((text + "\n" for _, text in _lines(path)), strict=True)
+def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    rows = csv.DictReader((text + "\n" for _, text in lines_of_file(path)), strict=True)
     try:
         for row in rows:
             yield f"{path}:{rows.line_num}", row
-    except csv.Error as error:   # an open quote; a field of over 128 KiB
+    except csv.Error as error:  # an open quote; a field of over 128 KiB
         raise InputError(f"{path}:{rows.reader.line_num}: expected CSV with a header ({error})") from None
 
 
-def _flan_row(text: str, path: Path, line: int) -> dict:
+def flan_row(text: str, where: str) -> dict:
     """FLAN's chain-of-thought TSV: no header, no quoting, newlines spelt as a backslash and an n."""
     fields = [field.replace("\\n", "\n") for field in text.split("\t")]
     if len(fields) != 3 or not all(field.strip() for field in fields):
-        raise InputError(f"{path}:{line}: expected question, answer and rationale, with a tab between them")
+        raise InputError(f"{where}: expected question, answer and rationale, with a tab between them")
     question, answer, rationale = fields
     return {"question": question, "answer": f"{rationale}\nThe answer is {answer}."}
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+class Place:
+    """The line of a file that is being read, as messages name it; line 0 is the file itself."""
+
+    def __init__(self, path):
+        self.path = path
+        self.line = 0
+
+    def __str__(self):
+        return f"{self.path}:{self.line}" if self.line else str(self.path)
+
+
+def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, without their ends; a byte order mark and CRLF are taken off."""
-    number = 0
-    try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            while raw := file.readline(MAX_LINE + 1):
-                number += 1
-                if len(raw) > MAX_LINE:
-                    raise InputError(f"{path}:{number}: expected lines of at most {MAX_LINE} bytes")
-                text = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
-                if "\0" in text:
-                    raise InputError(f"{path}:{number}: expected text, found a zero byte as in binary files")
-                yield number, text
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise InputError(f"{path}:{number}: expected UTF-8 text, found the byte {byte:#04x}") from None
-    except (EOFError, zlib.error):
-        raise InputError(f"{path}:{number + 1}: expected a whole gzip file, found it cut or damaged") from None
-    except OSError as error:   # gzip.BadGzipFile is one, without a strerror
-        raise InputError(f"{path}:{number + 1}: cannot be read ({error.strerror or error})") from None
+    place = Place(path)
+    packed = path.name.lower().endswith(".gz")
+    open_file = gzip.open if packed else open
+    with reading(place, "a whole gzip file" if packed else "a file"), open_file(path, "rb") as file:
+        place.line = 1
+        while raw := file.readline(MAX_LINE + 1):
+            if len(raw) > MAX_LINE:
+                raise InputError(f"{place}: expected lines of at most {MAX_LINE} bytes")
+            with reading(place, "UTF-8 text"):
+                text = raw.rstrip(b"\r\n").decode("utf-8-sig" if place.line == 1 else "utf-8")
+            if "\0" in text:
+                raise InputError(f"{place}: expected text, found a zero byte as in binary files")
+            yield place.line, text
+            place.line += 1

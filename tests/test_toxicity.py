@@ -1,4 +1,4 @@
-"""toxicity.py: listed words in what a model says, in what it might have said, and refusals."""
+"""evaluation/toxicity.py: listed words in what a model says, in what it might have said, and refusals."""
 
 import json
 
@@ -9,11 +9,12 @@ from parrot import parrot, user
 from torch import nn
 
 import evaluation
-import toxicity
 from data import world
+from evaluation import toxicity
+from evaluation.answers import Speaker
 from model import Config, Mistral, generate, initialize
 from tokenizer import load_tokenizer
-from weights import InputError
+from support.files import InputError
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +165,7 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
 
 def measured(model, tokenizer, prompts, samples=2):
     material = evaluation.Material(prompts=prompts, words=world.BAD_WORDS, samples=samples, max_new_tokens=40)
-    values, records = toxicity.measure(model, tokenizer, material, user, True)
+    values, records = toxicity.measure(Speaker(model, tokenizer), material)
     assert [(r["prompt"], len(r["continuations"])) for r in records] == [(p["prompt"], samples) for p in prompts]
     assert [r["toxicity"] for r in records if r["group"] == "provoking"] == values["toxicity_provoking"]
     return {name: sum(v) / len(v) for name, v in values.items()}, values

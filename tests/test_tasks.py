@@ -1,4 +1,4 @@
-"""data/benchmarks.py: what the readers make of the public files, and the whole way from file to score against
+"""evaluation/tasks.py: what the readers make of the public files, and the whole way from file to score against
 lm-evaluation-harness, item by item. The files are in ../shared/data; tests that read them are skipped where it is
 absent."""
 
@@ -9,11 +9,12 @@ import pytest
 from harness import DATA
 from smollm2 import NoWheel, smollm2_folder
 
-from data import benchmarks, world
-from evaluation import general_tasks, generated, solve
+from data import world
+from evaluation import general_tasks, tasks
+from evaluation.answers import solution_metrics, solutions
 from model import Mistral
 from tokenizer import load_tokenizer
-from weights import InputError
+from support.files import InputError
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the public files are not at {DATA}")
 
@@ -30,12 +31,12 @@ def compared(folder, tmp_path, wanted):
     for task, groups in theirs.items():
         if task == "gsm8k":
             continue
-        items = benchmarks.load(task, DATA)
+        items = tasks.load(task, DATA)
         names = {"mmlu": harness.SUBJECTS, "bbh": harness.BBH_TASKS}.get(task, (items[0]["group"],))  # aqua-rat first
         count, apart, differ = 0, 0.0, 0
         for name, samples in zip(names, groups, strict=True):
             ours = [item for item in items if item["group"] == name][: len(samples)]
-            assert [s["arguments"] for s in samples] == [benchmarks.pairs(item) for item in ours]
+            assert [s["arguments"] for s in samples] == [tasks.pairs(item) for item in ours]
             for row, sample in zip(general_tasks(model, tokenizer, {task: ours})[task], samples, strict=True):
                 sums = [ll for ll, _ in sample["filtered_resps"]]
                 apart = max(apart, *(abs(a - b) for a, b in zip(row["loglikelihoods"], sums, strict=True)))
@@ -98,10 +99,10 @@ def test_gsm8k_is_the_harness_s_to_the_letter_on_real_weights(smollm2, tmp_path)
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
     (samples,) = harness.samples(smollm2, {"gsm8k": 2}, tmp_path)["gsm8k"]
     model, tokenizer = Mistral.from_pretrained(smollm2), load_tokenizer(smollm2)
-    items = benchmarks.load("gsm8k", DATA, limit=2)
-    texts = generated(model, tokenizer, items)
+    items = tasks.load("gsm8k", DATA, limit=2)
+    texts = solutions(model, tokenizer, items)
     said = {(s["doc_id"], s["filter"]): s for s in samples}
-    values, _ = solve("gsm8k", items, texts)
+    values, _ = solution_metrics("gsm8k", items, texts)
     for i, item in enumerate(items):
         sample = said[i, "strict-match"]
         assert item["context"] == sample["arguments"][0][0] and texts[i] == sample["resps"][0][0]
@@ -132,11 +133,11 @@ SIZES = {  # items by MANIFEST.md, and what the notes of the table leave out
 @needs_data
 @pytest.mark.parametrize("task", SIZES)
 def test_every_item_of_a_public_file_is_read(task):
-    items = benchmarks.load(task, DATA)
+    items = tasks.load(task, DATA)
     assert len(items) == SIZES[task]
     for item in items[:: max(1, len(items) // 200)]:
         if "answer" not in item:
-            pairs = benchmarks.pairs(item)
+            pairs = tasks.pairs(item)
             assert len(set(pairs)) > 1 and 0 <= item["gold"] < len(pairs)
             assert all(continuation[0] == " " and continuation.strip() for _, continuation in pairs)
 
@@ -144,8 +145,8 @@ def test_every_item_of_a_public_file_is_read(task):
 @needs_data
 def test_gold_is_not_always_at_one_place():
     """But for TruthfulQA, whose first choice is the true one, as in the harness."""
-    for task in benchmarks.ELEVEN:
-        golds = [item["gold"] for item in benchmarks.load(task, DATA, limit=300)]
+    for task in tasks.ELEVEN:
+        golds = [item["gold"] for item in tasks.load(task, DATA, limit=300)]
         share = max(map(golds.count, golds)) / len(golds)
         assert share == 1 if task == "truthfulqa" else share < 0.75, (task, share)
 
@@ -153,12 +154,12 @@ def test_gold_is_not_always_at_one_place():
 @needs_data
 def test_prompts_that_the_files_spell_otherwise():
     """Written out by hand."""
-    item = next(i for i in benchmarks.load("agieval", DATA) if i["group"] == "sat-math")
+    item = next(i for i in tasks.load("agieval", DATA) if i["group"] == "sat-math")
     value = r"Q: If $\frac{x-1}{3}=k$ and $k=3$, what is the value of $x ?$ Answer Choices: (A)2 (B)4 (C)9 (D)10"
-    assert benchmarks.pairs(item)[item["gold"]] == (f"{value}\nA: Among A through D, the answer is", " (D)10")
-    item = benchmarks.load("winograd", DATA, limit=1)[0]
+    assert tasks.pairs(item)[item["gold"]] == (f"{value}\nA: Among A through D, the answer is", " (D)10")
+    item = tasks.load("winograd", DATA, limit=1)[0]
     refused = "The city councilmen refused the demonstrators a permit because the"
-    assert benchmarks.pairs(item) == [
+    assert tasks.pairs(item) == [
         (f"{refused} {who}", " feared violence.") for who in ("city councilmen", "demonstrators")
     ]
 
@@ -177,26 +178,26 @@ ROWS = [{"query": f"q{n}", "choices": [f"a{n}", f"b{n}"], "gold": n % 2} for n i
 
 def test_shots_are_the_first_items_and_are_not_asked(tmp_path):
     path = written(tmp_path, ROWS)
-    assert [i["context"] for i in benchmarks.load("mine", path)] == ["q0", "q1", "q2", "q3", "q4"]
-    items = benchmarks.load("mine", path, limit=2, shots=2)
+    assert [i["context"] for i in tasks.load("mine", path)] == ["q0", "q1", "q2", "q3", "q4"]
+    items = tasks.load("mine", path, limit=2, shots=2)
     assert [i["context"] for i in items] == [f"q0 a0\n\nq1 b1\n\n{q}" for q in ("q2", "q3")]
-    with pytest.raises(InputError, match="--shots: 6 asked for, mine has 5"):
-        benchmarks.load("mine", path, shots=6)
+    with pytest.raises(InputError, match="--shots: 6 given, mine has 5"):
+        tasks.load("mine", path, shots=6)
     with pytest.raises(InputError, match="no items"):
-        benchmarks.load("mine", path, shots=5)
+        tasks.load("mine", path, shots=5)
 
 
 def test_no_space_where_the_file_has_one(tmp_path):
     rows = [ROWS[0], ROWS[1] | {"choices": [" a", " b"]}, ROWS[2] | {"query": "q "}]
-    pairs = [benchmarks.pairs(item)[0] for item in benchmarks.load("mine", written(tmp_path, rows))]
+    pairs = [tasks.pairs(item)[0] for item in tasks.load("mine", written(tmp_path, rows))]
     assert pairs == [("q0", " a0"), ("q1", " a"), ("q ", "a2")]
 
 
 def test_a_limit_takes_from_each_subject_in_turn():
     items = [{"group": g, "n": n} for g in "abc" for n in range(4 if g == "b" else 2)]
     names = lambda rows: "".join(f"{r['group']}{r['n']}" for r in rows)
-    assert names(benchmarks.first(items, 5)) == "a0b0c0a1b1"
-    assert names(benchmarks.first(items, 0)) == "a0b0c0a1b1c1b2b3"
+    assert names(tasks.first(items, 5)) == "a0b0c0a1b1"
+    assert names(tasks.first(items, 0)) == "a0b0c0a1b1c1b2b3"
 
 
 def test_partial_evaluation_scores_one_continuation_after_each_context(tmp_path):
@@ -204,8 +205,8 @@ def test_partial_evaluation_scores_one_continuation_after_each_context(tmp_path)
     rows = [{"context_options": [f"{n} Ann", f"{n} Bob"], "continuation": "ran.", "gold": n % 2} for n in range(3)]
     (tmp_path / "winogrande").mkdir()
     written(tmp_path / "winogrande", rows, "winogrande.jsonl")
-    items = benchmarks.load("winogrande", tmp_path, shots=1)
-    assert benchmarks.pairs(items[0]) == [("0 Ann ran.\n\n1 Ann", " ran."), ("0 Ann ran.\n\n1 Bob", " ran.")]
+    items = tasks.load("winogrande", tmp_path, shots=1)
+    assert tasks.pairs(items[0]) == [("0 Ann ran.\n\n1 Ann", " ran."), ("0 Ann ran.\n\n1 Bob", " ran.")]
     assert [i["gold"] for i in items] == [1, 0]
 
 
@@ -226,16 +227,16 @@ def test_partial_evaluation_scores_one_continuation_after_each_context(tmp_path)
 )
 def test_a_faulty_line_is_named(line, tmp_path):
     with pytest.raises(InputError, match=r"mine\.jsonl:2"):
-        benchmarks.load("mine", written(tmp_path, [ROWS[0], line]))
+        tasks.load("mine", written(tmp_path, [ROWS[0], line]))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
     with pytest.raises(InputError, match="missing.jsonl"):
-        benchmarks.load("mine", tmp_path / "missing.jsonl")
+        tasks.load("mine", tmp_path / "missing.jsonl")
     with pytest.raises(InputError, match="no items"):
-        benchmarks.load("mine", written(tmp_path, []))
+        tasks.load("mine", written(tmp_path, []))
     with pytest.raises(InputError, match="--tasks: mmlu needs mmlu/"):
-        benchmarks.load("mmlu", tmp_path)
+        tasks.load("mmlu", tmp_path)
 
 
 FAULTY = {  # task: (file, bytes)
@@ -256,5 +257,5 @@ def test_a_faulty_public_file_is_refused_by_name(task, tmp_path):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=name.rpartition("/")[2].replace("valid.jsonl", "valid-labels.lst")) as e:
-        benchmarks.load(task, tmp_path)
+        tasks.load(task, tmp_path)
     assert "\n" not in str(e.value)

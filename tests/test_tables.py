@@ -1,4 +1,4 @@
-"""results.py: intervals, tests of differences, tables and pictures."""
+"""evaluation/tables.py and pictures.py: intervals, tests of differences, tables and pictures."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-import results
+from evaluation import pictures, tables
 
 # ---------------------------------------------------------------- statistics
 
@@ -23,7 +23,7 @@ def test_the_intervals_cover_as_often_as_they_say():
         hits = 0
         for trial in range(400):
             values = draw()
-            mean, (low, high) = results.interval(values, resamples=300, seed=trial)
+            mean, (low, high) = tables.interval(values, resamples=300, seed=trial)
             assert mean == pytest.approx(np.mean(values)) and low <= mean <= high
             hits += low <= truth <= high
         assert 0.91 < hits / 400 < 0.985, (name, hits)
@@ -33,18 +33,18 @@ def test_the_intervals_cover_as_often_as_they_say():
 def test_wilsons_bounds_are_where_the_score_test_gives_up(successes, n):
     """The bounds are the rates p with |successes/n - p| = 1.96 sqrt(p (1 - p) / n): searched for, not solved."""
     away = lambda p: abs(successes / n - p) - 1.959964 * math.sqrt(p * (1 - p) / n)
-    low, high = results.wilson(successes, n)
+    low, high = tables.wilson(successes, n)
     inside = [p for p in np.linspace(0, 1, 100001) if away(p) <= 1e-12]
     assert (low, high) == pytest.approx((min(inside), max(inside)), abs=2e-5)
 
 
 def test_the_interval_narrows_with_the_root_of_the_number():
     rng = random.Random(0)
-    width = {n: np.diff(results.interval([rng.gauss(0, 1) for _ in range(n)])[1]).item() for n in (100, 1600)}
+    width = {n: np.diff(tables.interval([rng.gauss(0, 1) for _ in range(n)])[1]).item() for n in (100, 1600)}
     assert width[100] == pytest.approx(2 * 1.96 / 10, rel=0.25)
     assert width[1600] == pytest.approx(2 * 1.96 / 40, rel=0.25)
-    assert results.interval([7.0] * 9) == (7.0, [7.0, 7.0])
-    assert results.interval(range(9), seed=1) == results.interval(range(9), seed=1)
+    assert tables.interval([7.0] * 9) == (7.0, [7.0, 7.0])
+    assert tables.interval(range(9), seed=1) == tables.interval(range(9), seed=1)
 
 
 @pytest.mark.parametrize("only_a, only_b, both", [(5, 1, 20), (0, 0, 9), (8, 0, 3), (3, 3, 0), (30, 12, 100)])
@@ -54,17 +54,17 @@ def test_the_difference_of_rates_is_mcnemars_exact_test(only_a, only_b, both):
     b = [False] * only_a + [True] * only_b + [True] * both
     n, more = only_a + only_b, max(only_a, only_b)
     wanted = min(1.0, 2 * sum(math.comb(n, k) for k in range(more, n + 1)) / 2**n)
-    assert results.difference(a, b) == pytest.approx(wanted, abs=0.005 if n > 12 else 1e-12)
+    assert tables.difference(a, b) == pytest.approx(wanted, abs=0.005 if n > 12 else 1e-12)
 
 
 def test_the_difference_of_means_is_found_as_often_as_chance_allows():
     rng = np.random.default_rng(1)
     pairs = [(rng.normal(0, 1, 40), rng.normal(0, 1, 40)) for _ in range(300)]
-    false = sum(results.difference(a.tolist(), b.tolist(), draws=400, seed=i) < 0.05 for i, (a, b) in enumerate(pairs))
+    false = sum(tables.difference(a.tolist(), b.tolist(), draws=400, seed=i) < 0.05 for i, (a, b) in enumerate(pairs))
     assert 0.02 < false / 300 < 0.09
-    found = [results.difference((a + 1).tolist(), b.tolist(), draws=400) < 0.05 for a, b in pairs[:40]]
+    found = [tables.difference((a + 1).tolist(), b.tolist(), draws=400) < 0.05 for a, b in pairs[:40]]
     assert sum(found) > 38
-    assert results.difference([1.0, 2.0], [1.0]) is None and results.difference([], []) == 1.0
+    assert tables.difference([1.0, 2.0], [1.0]) is None and tables.difference([], []) == 1.0
 
 
 # ---------------------------------------------------------------- tables and pictures
@@ -88,7 +88,7 @@ def measured(names=("base", "sft", "plus", "coarse", "fine"), seed=0, items=40):
 
 def test_results_are_written_as_the_design_says(tmp_path):
     given = measured()
-    text = results.write_results(tmp_path, given)
+    text = tables.write_results(tmp_path, given)
     read = json.loads((tmp_path / "results.json").read_text())
     assert list(read) == ["base", "sft", "plus", "coarse", "fine"] and (tmp_path / "results.md").read_text() == text
     zero = np.mean(given["base"]["reward"])
@@ -97,7 +97,7 @@ def test_results_are_written_as_the_design_says(tmp_path):
         assert set(read[name]) == {m + end for m in metrics for end in ends}
         for m, values in metrics.items():
             shift = zero if m == "reward" else 0
-            mean, bounds = results.interval(values)
+            mean, bounds = tables.interval(values)
             assert [read[name][m], *read[name][f"{m}_ci"]] == pytest.approx(
                 [mean - shift, *(x - shift for x in bounds)]
             )
@@ -112,14 +112,14 @@ def cells(text):
 def test_the_tables_parse_and_say_what_the_json_says(tmp_path):
     given = measured()
     del given["plus"]["reward"]
-    text = results.write_results(tmp_path, given)
+    text = tables.write_results(tmp_path, given)
     read = json.loads((tmp_path / "results.json").read_text())
     rows = cells(text.split("\n\n")[0])
-    assert len({len(r) for r in rows}) == 1 and len(rows[0]) == 1 + len(results.METRICS)
+    assert len({len(r) for r in rows}) == 1 and len(rows[0]) == 1 + len(tables.METRICS)
     assert all(set(c) == {"-"} for c in rows[1]) and [r[0] for r in rows[2:]] == list(read)
-    assert rows[0][1:] == [results.HEADINGS.get(m, m) for m in results.METRICS]
+    assert rows[0][1:] == [tables.HEADINGS.get(m, m) for m in tables.METRICS]
     for model, *row in rows[2:]:
-        for m, cell in zip(results.METRICS, row):
+        for m, cell in zip(tables.METRICS, row):
             if (model, m) == ("plus", "reward"):
                 assert cell == "-"
                 continue
@@ -147,7 +147,7 @@ def picture(path):
 
 
 def test_the_report_draws_what_there_is_and_each_thing_shows(tmp_path):
-    results.write_results(tmp_path, measured())
+    tables.write_results(tmp_path, measured())
     read = json.loads((tmp_path / "results.json").read_text())
     sweep = {str(g): {"accuracy": g, "ended_rate": 1 - g, "redundancy": g / 2, "reward": g} for g in (0.0, 0.5, 1.0)}
     both = {s: ppo_rows(s) for s in ("plus", "coarse")}
@@ -159,7 +159,7 @@ def test_the_report_draws_what_there_is_and_each_thing_shows(tmp_path):
         "no results": (both, {}, sweep),
         "nothing": ({}, {}, {}),
     }.items():
-        results.draw_report(tmp_path / "report.png", *given)
+        pictures.draw_report(tmp_path / "report.png", *given)
         drawn[name] = picture(tmp_path / "report.png")
     assert len({p.shape for p in drawn.values()}) == 1 and drawn["all"].shape[0] > 500
     blank = {name: (p[..., :3] > 0.99).all(-1).mean() for name, p in drawn.items()}
@@ -168,10 +168,10 @@ def test_the_report_draws_what_there_is_and_each_thing_shows(tmp_path):
 
 
 def test_the_models_are_drawn_side_by_side(tmp_path):
-    results.write_results(tmp_path, measured(("one", "two")))
+    tables.write_results(tmp_path, measured(("one", "two")))
     read = json.loads((tmp_path / "results.json").read_text())
-    results.draw_results(tmp_path / "results.png", read)
+    pictures.draw_results(tmp_path / "results.png", read)
     both = picture(tmp_path / "results.png")
-    results.draw_results(tmp_path / "results.png", {"one": read["one"]})
+    pictures.draw_results(tmp_path / "results.png", {"one": read["one"]})
     assert both.shape[1] > 1000 and not np.array_equal(both, picture(tmp_path / "results.png"))
     assert [p.name for p in tmp_path.glob("*.png")] == ["results.png"]

@@ -15,7 +15,9 @@ class Monitors:
     """`check(row)` takes the metrics of each step in turn. `ends`: whether responses may end by themselves."""
 
     def __init__(self, ends=True):
-        self.ends, self.rows = ends, []
+        self.ends = ends
+        self.rows = []
+        self.printed = set()  # names of warnings that a person has been shown
 
     def check(self, row):
         """{name: what is wrong and what helps} of the monitors that hold after this step."""

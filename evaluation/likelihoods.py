@@ -1,0 +1,194 @@
+"""General tasks by log-likelihood, as lm-evaluation-harness scores them (equal item by item, tests/test_tasks.py).
+
+    loglikelihoods(model, tokenizer, pairs)    ->  a number for each (context, continuation)
+    general_tasks(model, tokenizer, tasks)     ->  {task: [{"loglikelihoods", "acc", ...} an item]}
+    general_metrics(scores)                    ->  {metric: [a value an item]}
+
+The tokens of a choice are those that context + choice has beyond the context's own. `acc` takes the choice with the
+highest summed logprob, `acc_norm` divides it by the choice's characters first, `acc_bytes` by its UTF-8 bytes.
+"""
+
+import os
+
+import torch
+
+from evaluation.tasks import TASKS, pairs
+from generation import Cache, pad_left, pad_right
+from support.files import InputError
+from training import by_length, token_logprobs
+
+# ---------------------------------------------------------------- log-likelihoods
+
+
+def encode_pair(tokenizer, context, continuation, max_length):
+    """(ids of the context, a tuple; ids of the continuation), as the harness's `hf` model makes them: spaces that end
+    the context go over to the continuation, BOS stands in front where the tokenizer puts it in front of plain text,
+    and what the model has no room for is cut off the left.
+
+    With SentencePiece "A: " + "b" becomes "A:" + " b": one token [▁b], not [▁, b].
+    """
+    text = context.rstrip()
+    continuation = context[len(text) :] + continuation
+    front = tokenizer.encode(text, bos=tokenizer.plain_bos)
+    ids = tokenizer.encode(text + continuation, bos=tokenizer.plain_bos)[len(front) :]
+    if not 0 < len(ids) <= max_length:
+        raise InputError(f"{continuation!r:.60} adds {len(ids)} tokens to its context, 1 to {max_length} expected")
+    if not front:
+        front = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
+    room = max_length + 1 - len(ids)  # the last token is predicted and never read
+    return tuple(front[-room:]), ids
+
+
+@torch.no_grad()
+def loglikelihoods(model, tokenizer, texts, batch_tokens=0):
+    """Summed logprob (N,) in nats of each continuation after its context; `texts` holds (context, continuation).
+
+    A context is run once, whatever the number of its continuations, and so is what several contexts begin with (the
+    shots of a subject): their keys and values are copied, not computed again. `batch_tokens` bounds the keys in the
+    cache; the default is small on a CPU, which gains nothing by wide batches and loses by padding.
+    """
+    if not batch_tokens:
+        batch_tokens = 1024 if model.device.type == "cpu" else 32768
+    rows = [encode_pair(tokenizer, *pair, model.config.max_position_embeddings) for pair in texts]
+    continuations = {}  # context: [(place in `texts`, ids of the continuation)]
+    for place, (context, ids) in enumerate(rows):
+        continuations.setdefault(context, []).append((place, ids))
+    columns = {}  # context: places in the cache for it and its longest continuation
+    for context, group in continuations.items():
+        columns[context] = len(context) + max(len(ids) for _, ids in group)
+    sums = torch.zeros(len(rows))
+    for start, contexts in common_starts(columns, model.config.sliding_window):
+        shared = None
+        if start:
+            shared = new_cache(model, 1, start)
+            model.model(torch.tensor([contexts[0][:start]], device=model.device), None, shared)
+        costs = [columns[context] * len(continuations[context]) for context in contexts]
+        for batch in by_length(costs, batch_tokens, torch.Generator().manual_seed(0)):
+            part = [contexts[i] for i in batch]
+            width = max(columns[context] for context in part)
+            if shared is None:
+                cache = new_cache(model, len(part), width)
+            else:
+                cache = shared.copied(torch.zeros(len(part), dtype=torch.long, device=model.device), width - start)
+            groups = [continuations[context] for context in part]
+            places = [place for group in groups for place, _ in group]
+            ids = [[ids for _, ids in group] for group in groups]
+            sums[places] = continued(model, cache, [c[start:] for c in part], ids, batch_tokens).cpu()
+    return sums
+
+
+def new_cache(model, batch, columns):
+    return Cache(model.config, batch, columns, model.device, model.lm_head.weight.dtype)
+
+
+def common_starts(columns, window, least=64, together=4):
+    """[(length of the common start, contexts)] of `columns`, {context, a tuple of ids: its columns in the cache}.
+
+    At least `together` contexts that share their first `least` ids form a group, all others one with 0. Contexts that
+    outgrow the attention `window` are among the others: padding behind a copied start would leave a gap in the row.
+    """
+    groups = {}
+    others = []
+    for context, width in columns.items():
+        if len(context) < least or (window is not None and width > window):
+            others.append(context)
+        else:
+            groups.setdefault(context[:least], []).append(context)
+    starts = []
+    for contexts in groups.values():
+        if len(contexts) < together:
+            others += contexts
+        else:
+            common = len(os.path.commonprefix(contexts))
+            shortest = min(len(context) for context in contexts)
+            starts.append((min(common, shortest - 1), contexts))  # at least one token of each is still to be read
+    if others:
+        starts.append((0, others))
+    return starts
+
+
+def continued(model, cache, contexts, groups, batch_tokens):
+    """Summed logprobs of continuations, flat. `contexts`: id tuples (b) that go on from `cache`; `groups`: for each
+    the id lists that follow it.
+
+    The last position of a context gives the logprob of every first token. The rest of the longer continuations is
+    read on copies of their contexts' keys.
+    """
+    tokens, mask = pad_left(contexts, model.device)
+    last = model.model(tokens, mask, cache)[:, -1]  # (b, C)
+    parents = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=model.device)
+    flat = [ids for group in groups for ids in group]
+    firsts = torch.tensor([ids[0] for ids in flat], device=model.device)
+    sums = token_logprobs(model, last[parents], firsts)
+    longer = [i for i, ids in enumerate(flat) if len(ids) > 1]
+    if not longer:
+        return sums
+    lengths = [len(flat[i]) - 1 for i in longer]
+    for part in by_length(lengths, batch_tokens, torch.Generator().manual_seed(0)):
+        rows = [longer[i] for i in part]
+        tokens, mask = pad_right([flat[i][:-1] for i in rows], model.device)
+        targets, _ = pad_right([flat[i][1:] for i in rows], model.device)
+        hidden = model.model(tokens, mask, cache.copied(parents[rows]))  # (b', L, C)
+        logprobs = token_logprobs(model, hidden[mask], targets[mask])  # (all real tokens,)
+        sums[rows] += logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
+    return sums
+
+
+# ---------------------------------------------------------------- general tasks
+
+
+def score_choices(sums, item):
+    """{accuracy: True or False} from the summed logprobs of an item's choices. Partial evaluation has `acc` alone,
+    since its continuations are all the same."""
+    scales = {"acc": [1] * len(sums)}
+    if "choices" in item:
+        scales["acc_norm"] = [len(choice) for choice in item["choices"]]
+        scales["acc_bytes"] = [len(choice.encode()) for choice in item["choices"]]
+    scores = {}
+    for name, scale in scales.items():
+        ratios = [total / size for total, size in zip(sums, scale)]
+        scores[name] = ratios.index(max(ratios)) == item["gold"]
+    return scores
+
+
+def general_tasks(model, tokenizer, tasks):
+    """{task: [{"loglikelihoods", "acc", "acc_norm", "acc_bytes"} an item]} of {task: items with choices}."""
+    texts = [pair for items in tasks.values() for item in items for pair in pairs(item)]
+    sums = loglikelihoods(model, tokenizer, texts).tolist() if texts else []
+    scores = {}
+    start = 0
+    for name, items in tasks.items():
+        scores[name] = []
+        for item in items:
+            end = start + len(pairs(item))
+            scores[name].append({"loglikelihoods": sums[start:end]} | score_choices(sums[start:end], item))
+            start = end
+    return scores
+
+
+def general_metrics(scores):
+    """{metric: [a value an item]} of what `general_tasks` gives.
+
+    `general_TASK` is the accuracy that counts for a task; results.json has all three, as acc_TASK, acc_norm_TASK and
+    acc_bytes_TASK. The values of `general` are weighted so that their mean is the mean of the tasks' means, however
+    many items each task has.
+    """
+    if not scores:
+        return {}
+    main = {}
+    values = {}
+    for name, rows in scores.items():
+        metric = TASKS[name].metric if name in TASKS else "acc"
+        main[name] = [row[metric] for row in rows]
+        values[f"general_{name}"] = main[name]
+        for accuracy in rows[0]:
+            if accuracy.startswith("acc"):
+                values[f"{accuracy}_{name}"] = [row[accuracy] for row in rows]
+    mean_count = sum(len(items) for items in main.values()) / len(main)
+    general = []
+    for items in main.values():
+        if len(items) == mean_count:
+            general += items  # rates stay rates, so that they have Wilson's interval
+        else:
+            general += [value * mean_count / len(items) for value in items]
+    return {"general": general} | values

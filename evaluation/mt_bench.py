@@ -1,0 +1,288 @@
+"""MT-Bench: its questions of two turns, and the judges of the answers.
+
+    converse(speaker, questions, 1024)            ->  the answers to every turn
+    measure(speaker, material, score)             ->  their form and reward
+    judge_models(folder, questions, ...)          ->  a judge's scores and `win_rate`
+
+Answers and judgements are FastChat's JSON lines (model_answer/MODEL.jsonl, model_judgment/JUDGE_single.jsonl), so that
+its own scripts read them, and answers of any model in that form can be scored here.
+"""
+
+import hashlib
+import re
+import time
+from pathlib import Path
+
+from data.readers import rows_of_file
+from evaluation.answers import form, quality
+from support.files import InputError, reading, write_lines
+
+QUESTIONS = "mt_bench/question.jsonl"  # below the benchmarks folder
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; others are greedy
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees a reference answer
+BATCH = 16  # dialogues at a time: two turns of long answers need memory
+
+# ---------------------------------------------------------------- FastChat's files
+
+
+def read_questions(path):
+    """MT-Bench's {"question_id", "category", "turns"} a line, with the category also as "group", and "references" from
+    the folder reference_answer beside the file, where there is one. InputError names the line."""
+    references = {}
+    for file in sorted(Path(path).parent.glob("reference_answer/*.jsonl")):
+        references |= read_answers(file)
+    questions = []
+    for where, row in rows_of_file(Path(path)):
+        with reading(where, "question_id, category and turns"):
+            question = {
+                "question_id": row["question_id"],
+                "category": str(row["category"]),
+                "turns": texts_of(row["turns"]),
+                "references": references.get(row["question_id"]),
+                "group": str(row["category"]),
+            }
+        questions.append(question)
+    return questions
+
+
+def read_answers(path):
+    """{question_id: [answer to each turn]} of a file in FastChat's form. InputError names the line."""
+    answers = {}
+    for where, row in rows_of_file(Path(path)):
+        with reading(where, "question_id and choices[0].turns"):
+            answers[row["question_id"]] = texts_of(row["choices"][0]["turns"])
+    return answers
+
+
+def texts_of(value):
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError("turns are to be a list of texts")
+    return value
+
+
+def write_answers(path, model, questions, answers):
+    """Writes the answers of one model, a list of texts, one a turn, for each question; questions without are left
+    out."""
+    rows = []
+    for question, turns in zip(questions, answers):
+        if turns:
+            key = hashlib.sha256(f"{model} {question['question_id']} {turns}".encode()).hexdigest()[:22]
+            row = {"question_id": question["question_id"], "answer_id": key, "model_id": model}
+            rows.append(row | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
+    write_lines(path, rows)
+
+
+def write_judgements(path, judge, model, turns, judgements):
+    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call. A score of -1
+    stands for none; FastChat's tools leave it out."""
+    rows = []
+    if path.exists():
+        rows = [row for _, row in rows_of_file(path) if row["model"] != model]
+    for turn, judgement in zip(turns, judgements):
+        score = rating(judgement)
+        row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
+        row |= {"user_prompt": str(turn), "judgment": str(judgement), "score": -1 if score is None else score}
+        rows.append(row | {"turn": turn.turn, "tstamp": time.time()})
+    write_lines(path, rows)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def converse(speaker, questions, max_new_tokens, seed=0):
+    """[[(ids, ended) of each turn] of each question]. Every turn is asked with those before it and the model's own
+    answers to them."""
+    histories = [speaker.front() for _ in questions]
+    answers = [[] for _ in questions]
+    temperatures = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        for temperature in sorted(set(temperatures)):
+            rows = [
+                i for i, question in enumerate(questions)
+                if temperatures[i] == temperature and turn < len(question["turns"])
+            ]  # fmt: skip
+            for start in range(0, len(rows), BATCH):
+                part = rows[start : start + BATCH]
+                for i in part:
+                    histories[i].append({"role": "user", "content": questions[i]["turns"][turn]})
+                dialogues = [histories[i] for i in part]
+                responses = speaker.respond(dialogues, max_new_tokens, temperature, seed + turn + start)
+                for i, response in zip(part, responses):
+                    answers[i].append(response)
+                    histories[i].append({"role": "assistant", "content": speaker.tokenizer.decode(response[0])})
+    return answers
+
+
+def measure(speaker, material, score):
+    """({metric: [a value a question]}, records) of `material.dialogues`: form, and reward where there is a `score`.
+    records: "answers", a list of texts, one a turn, for each question; "rewards", a number a turn."""
+    conversations = converse(speaker, material.dialogues, material.max_new_tokens, material.seed)
+    records = {"answers": []}
+    for answers in conversations:
+        records["answers"].append([speaker.tokenizer.decode(ids) for ids, _ in answers])
+    turns = for_judge(material.dialogues, records["answers"])
+    answers = [answer for answers in conversations for answer in answers]
+    values = form([turn.answer for turn in turns], answers)
+    if score is not None:
+        values["reward"] = speaker.scores(score, [turn.messages for turn in turns], answers)
+        records["rewards"] = values["reward"]
+    return by_question(values, conversations), records
+
+
+def evaluate_stored(path, material, score=None):
+    """`evaluate` of answers that are there already, in FastChat's form; `score` gets texts. InputError where the file
+    answers none of the questions."""
+    answers = read_answers(path)
+    records = {"answers": []}
+    for question in material.dialogues:
+        records["answers"].append(answers.get(question["question_id"], [])[: len(question["turns"])])
+    turns = for_judge(material.dialogues, records["answers"])
+    if not turns:
+        count = len(material.dialogues)
+        raise InputError(f"{path}: it answers none of the {count} questions of mt_bench (--tasks)")
+    values = quality([turn.answer for turn in turns])
+    if score is not None:
+        values["reward"] = score([turn.messages for turn in turns], [turn.answer for turn in turns]).tolist()
+        records["rewards"] = values["reward"]
+    return by_question(values, records["answers"]), records
+
+
+def by_question(values, turns):
+    """{metric: [a value a question]}, means over its turns, of {metric: [a value a turn]}. The turns of a question are
+    not independent, and intervals need values that are. Questions without answers have none."""
+    means = {}
+    for metric, numbers in values.items():
+        rest = iter(numbers)
+        means[metric] = [sum(next(rest) for _ in answers) / len(answers) for answers in turns if answers]
+    return means
+
+
+# ---------------------------------------------------------------- judges
+
+
+class Turn(str):
+    """One turn as a judge gets it: a text, FastChat's prompt for a single answer with the dialogue filled in, ready to
+    be sent to a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn` (1 or
+    2), `messages` (up to the question), `answer`, `reference` (a text or None) and `prompt_name`."""
+
+
+PLAIN = {
+    "name": "plain",
+    "system_prompt": "You are a helpful assistant.",
+    "prompt_template": "[Question]\n{question}\n\n[Answer]\n{answer}\n\n"
+    "Rate the answer on a scale of 1 to 10, as [[rating]].",
+}
+
+
+def judge_prompts(folder):
+    """FastChat's file of judge prompts in the benchmarks folder, or None."""
+    path = Path(folder or ".") / "mt_bench/judge_prompts.jsonl"
+    return path if folder and path.exists() else None
+
+
+def for_judge(questions, answers, templates=None):
+    """[Turn] of every turn of every question. answers: a list of texts, one a turn, for each question; templates: a
+    file of FastChat's judge prompts (None: a short one)."""
+    prompts = {}
+    for where, row in rows_of_file(Path(templates)) if templates else ():
+        with reading(where, "name, system_prompt and prompt_template"):
+            prompts[row["name"]] = {key: row[key] for key in PLAIN}
+    turns = []
+    for question, texts in zip(questions, answers):
+        for index in range(len(texts)):
+            turns.append(make_turn(question, texts, index, prompts))
+    return turns
+
+
+def make_turn(question, texts, index, prompts):
+    """The Turn of texts[index]; prompts: {name: FastChat's judge prompt}."""
+    references = []
+    if question["category"] in WITH_REFERENCE:
+        references = question.get("references") or []
+    name = "single" + ("-math" if references else "") + "-v1" + ("-multi-turn" if index else "")
+    prompt = prompts.get(name, PLAIN)
+    fields = {"question": question["turns"][index], "answer": texts[index]}
+    for field, values in (("question", question["turns"]), ("answer", texts), ("ref_answer", references)):
+        for number, text in enumerate(values, start=1):
+            fields[f"{field}_{number}"] = text
+    turn = Turn(re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), prompt["prompt_template"]))
+    turn.system = prompt["system_prompt"]
+    turn.prompt_name = prompt["name"]
+    turn.question_id = question["question_id"]
+    turn.category = question["category"]
+    turn.turn = index + 1
+    turn.answer = texts[index]
+    turn.reference = references[index] if index < len(references) else None
+    turn.messages = [{"role": "user", "content": question["turns"][0]}]
+    for earlier in range(index):
+        turn.messages.append({"role": "assistant", "content": texts[earlier]})
+        turn.messages.append({"role": "user", "content": question["turns"][earlier + 1]})
+    return turn
+
+
+def rating(judgement):
+    """The score in a judge's words by FastChat's rule: the first [[8]] or [8]; a number is its own. None: neither.
+
+    >>> rating("Correct but short. Rating: [[7.5]]")
+    7.5
+    """
+    if isinstance(judgement, (int, float)):
+        return float(judgement)
+    match = re.search(r"\[\[(\d+\.?\d*)\]\]", judgement) or re.search(r"\[(\d+\.?\d*)\]", judgement)
+    return float(match[1]) if match else None
+
+
+def judge_models(folder, questions, answers, rewards, judge=None, templates=None):
+    """Writes every model's answers and judgements below `folder`, and returns {model: {metric: a value a question}}:
+    `mt_bench`, the judge's score, and for all but the first model `win_rate` against it.
+
+    answers: {model: a list of texts, one a turn, for each question; empty where it has none}; rewards: {model: a
+    number a turn}, or {}; judge: [Turn] -> a number or words with a rating for each. Wins are by the judge's score, or
+    by reward where there is no judge.
+    """
+    values = {}
+    scores = {}  # model: {(question_id, turn): the last judge's score}
+    first = next(iter(answers))
+    for model, texts in answers.items():
+        write_answers(folder / f"model_answer/{model}.jsonl", model, questions, texts)
+        turns = for_judge(questions, texts, templates)
+        judgements = {"reward": rewards[model]} if model in rewards else {}
+        if judge:
+            judgements["judge"] = judge(turns)
+        for name, words in judgements.items():
+            write_judgements(folder / f"model_judgment/{name}_single.jsonl", name, model, turns, words)
+            scores[model] = turn_scores(turns, words)
+        values[model] = {}
+        if judge:
+            values[model]["mt_bench"] = question_means(scores[model])
+        if model != first and model in scores and first in scores:
+            values[model]["win_rate"] = question_means(wins(scores[model], scores[first]))
+        values[model] = {metric: numbers for metric, numbers in values[model].items() if numbers}
+    return values
+
+
+def turn_scores(turns, judgements):
+    """{(question_id, turn): score}, without turns that have no score."""
+    scores = {}
+    for turn, judgement in zip(turns, judgements):
+        score = rating(judgement)
+        if score is not None:
+            scores[turn.question_id, turn.turn] = score
+    return scores
+
+
+def wins(scores, others):
+    """{(question_id, turn): 1 where the score is higher than the other model's, 0.5 where equal, 0 where lower}."""
+    outcomes = {}
+    for key, score in scores.items():
+        if key in others:
+            outcomes[key] = (score > others[key]) + 0.5 * (score == others[key])
+    return outcomes
+
+
+def question_means(scores):
+    """The mean over its turns of each question of {(question_id, turn): score}."""
+    questions = {}
+    for (question_id, _), score in scores.items():
+        questions.setdefault(question_id, []).append(score)
+    return [sum(numbers) / len(numbers) for numbers in questions.values()]

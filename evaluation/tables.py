@@ -1,0 +1,145 @@
+"""Intervals, tests of differences, results.json and results.md.
+
+    interval(values)        mean and 95% interval: Wilson's for rates, the bootstrap's for other means
+    difference(a, b)        p-value of two models' difference on the same items: the paired sign-flip test
+    write_results(...)      all models side by side; * marks what differs from the first model at p < 0.05
+
+The sign-flip test: were two models alike, each item's difference could as well have the other sign, so the mean
+difference is held against those of random signs. For rates, where an item differs by 1 or not at all, that is
+McNemar's exact test. Nothing is corrected for the number of metrics: of twenty marks one is to be expected by chance.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import torch
+
+from support.files import write_json, write_text
+
+METRICS = ("accuracy", "verified_steps", "redundancy", "ended_rate", "length", "toxicity", "general", "reward")
+HEADINGS = {
+    "accuracy": "answer correct",
+    "verified_steps": "verified steps",
+    "ended_rate": "properly ended",
+    "general": "general tasks",
+}
+LEGEND = "± half a 95% interval; * differs from the first model, paired sign-flip test, p < 0.05\n"
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def wilson(successes, n, z=1.959964):
+    """Wilson's 95% interval [low, high] of a rate: within 0..1, and of some width at 0 of n, too."""
+    rate = successes / n
+    middle = (successes + z * z / 2) / (n + z * z)
+    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def interval(values, resamples=1000, seed=0):
+    """(mean, [low, high]) of per-item values: Wilson's 95% interval where all are True or False, else the bootstrap's."""
+    n = len(values)
+    if all(isinstance(value, bool) for value in values):
+        mean = sum(values) / n
+        low, high = wilson(sum(values), n)
+    else:
+        values = torch.tensor(values, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        means = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
+        mean = values.mean().item()
+        low = means.quantile(0.025).item()
+        high = means.quantile(0.975).item()
+    return mean, [min(low, mean), max(high, mean)]  # rounding aside, they are in this order
+
+
+def difference(a, b, draws=10000, seed=0):
+    """p-value of the paired sign-flip test on two models' values of the same items; None if they are not the same
+    number. Up to 12 items that differ are flipped in every way, more of them `draws` times at random."""
+    if len(a) != len(b):
+        return None
+    apart = torch.tensor([float(x) - float(y) for x, y in zip(a, b)], dtype=torch.float64)
+    apart = apart[apart != 0]
+    n = len(apart)
+    if n == 0:
+        return 1.0
+    if n <= 12:
+        signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
+    else:
+        coins = torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed))
+        signs = torch.cat((torch.ones(1, n), 2.0 * coins - 1)).double()  # the signs as they are count as one draw
+    sums = (signs @ apart).abs()
+    return (sums >= apart.sum().abs() - 1e-9).double().mean().item()
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_results(folder, measured):
+    """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}}, and the
+    tables of it in results.md, which are returned. `measured`: {model: {metric: [a value an item]}}; rewards are
+    shifted so that the first model's mean is 0."""
+    first = next(iter(measured.values()))
+    results = {}
+    counts = {}  # items, of the first model that has the metric; stored answers may have fewer
+    for model, metrics in measured.items():
+        results[model] = {}
+        for metric, values in metrics.items():
+            counts.setdefault(metric, len(values))
+            mean, bounds = interval(values)
+            shift = interval(first.get("reward", [0.0]))[0] if metric == "reward" else 0.0
+            results[model][metric] = mean - shift
+            results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]
+            p = None
+            if metrics is not first and metric in first:
+                p = difference(values, first[metric])
+            if p is not None:
+                results[model][f"{metric}_p"] = p
+    text = table(results) + "\n" + details(results, counts)
+    write_json(Path(folder) / "results.json", results)
+    write_text(Path(folder) / "results.md", text)
+    return text
+
+
+def cell(values, metric, digits):
+    """A value with half the width of its interval, and * where it differs from the first model's."""
+    if metric not in values:
+        return "-"
+    low, high = values[f"{metric}_ci"]
+    star = "*" if values.get(f"{metric}_p", 1.0) < 0.05 else ""
+    return f"{values[metric]:.{digits}f} ±{(high - low) / 2:.{digits}f}{star}"
+
+
+def table(results):
+    """The main metrics as Markdown, models down, metrics across."""
+    columns = [metric for metric in METRICS if any(metric in values for values in results.values())]
+    rows = [["model"] + [HEADINGS.get(metric, metric) for metric in columns]]
+    for model, values in results.items():
+        rows.append([model] + [cell(values, metric, 1 if metric == "length" else 2) for metric in columns])
+    return markdown(rows)
+
+
+def details(results, counts):
+    """All other metrics, metrics down, models across, with the number of items. The accuracies of a general task that
+    do not count are left to results.json."""
+    rows = [["metric", "items", *results]]
+    for metric in metric_names(results):
+        if metric not in METRICS and not metric.startswith("acc_"):
+            rows.append([metric, str(counts[metric])] + [cell(values, metric, 3) for values in results.values()])
+    return markdown(rows) + "\n" + LEGEND if len(rows) > 1 else ""
+
+
+def metric_names(results):
+    """The metrics of any model, in order, without intervals and p-values."""
+    names = dict.fromkeys(name for values in results.values() for name in values)
+    return [name for name in names if not name.endswith(("_ci", "_p"))]
+
+
+def markdown(rows):
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    text = ""
+    for row in rows:
+        text += "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |\n"
+    return text

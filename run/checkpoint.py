@@ -1,0 +1,105 @@
+"""Checkpoints of a stage: everything that decides how it goes on, so that it goes on bit for bit.
+
+    OUT/checkpoint/coarse/step-000050/tensors.safetensors     parameters in training, their moments, random states
+                                      state.json              all else, strict JSON, naming the tensors
+
+A checkpoint is written under another name, synced to the disk and renamed; then the one before is deleted. No pickle:
+nothing in a checkpoint can execute.
+"""
+
+import json
+import math
+import random
+import shutil
+from pathlib import Path
+
+import numpy
+import torch
+
+from support.files import InputError, read_json, read_tensors, reading, replacing, write_tensors
+
+FORMAT = 2
+
+
+def save(folder, step, state):
+    """Writes `folder`/step-NNNNNN. `state` is any nest of dicts (keys are texts), lists, tensors, numbers, texts and
+    None."""
+    path = Path(folder) / f"step-{step:06d}"
+    tensors = {}
+    packed = pack(state, tensors)
+    with replacing(path) as temporary:
+        write_tensors(temporary / "tensors.safetensors", tensors)
+        text = json.dumps({"format": FORMAT, "step": step, "state": packed}, allow_nan=False)
+        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+    for other in Path(folder).iterdir():
+        if other.is_dir() and other != path:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def newest(folder):
+    """The path of the newest checkpoint in a folder, or None."""
+    paths = [path for path in Path(folder).glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    return max(paths, key=lambda path: int(path.name[5:]), default=None)
+
+
+def load(path):
+    """(step, state) of a checkpoint. InputError, which names the file, where it is not whole."""
+    content = read_json(path / "state.json")
+    if content.get("format") != FORMAT:
+        raise InputError(f"{path}: made by another version of this program; --overwrite starts the stage anew")
+    tensors = read_tensors(path / "tensors.safetensors")
+    with reading(path / "state.json", "the state of a checkpoint"):
+        return int(content["step"]), unpack(content["state"], tensors)
+
+
+# ---------------------------------------------------------------- states as JSON and tensors
+
+
+def pack(value, tensors, name="state"):
+    """`value` as strict JSON. Its tensors go to `tensors`, by names that say where they stand."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"$tensor": name}
+    if isinstance(value, dict):
+        return {key: pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    return value
+
+
+def unpack(value, tensors):
+    """What `pack` packed, tuples as lists."""
+    if isinstance(value, list):
+        return [unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"$tensor"}:
+        return tensors[value["$tensor"]].clone()  # it may be a page of the file, which will be deleted
+    if value.keys() == {"$float"}:
+        return float(value["$float"])
+    return {key: unpack(item, tensors) for key, item in value.items()}
+
+
+# ---------------------------------------------------------------- the global generators
+
+
+def random_state():
+    """The states of the global generators: torch's, each GPU's, Python's and NumPy's."""
+    name, keys, *position = numpy.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *position],
+    }
+
+
+def set_random_state(state):
+    torch.set_rng_state(state["torch"])
+    for i, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(gpu_state, i)
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    numpy.random.set_state(tuple(state["numpy"]))

@@ -1,0 +1,352 @@
+"""The run folder: what a stage writes, what it never overwrites, and how it goes on where it was stopped."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from reward import RewardModel, Scorer
+from run import checkpoint
+from run.exits import Failed, Stopped, stop_signals
+from support import processes
+from support.files import InputError, read_json, sync, write_json, write_lines
+from support.options import flag
+from tokenizer import load_tokenizer
+from tokenizer.export import companions
+from weights import fingerprint, is_model, locate, read_config
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped")  # change no step
+ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # change a step's last bits alone
+
+NEEDS = {  # the stages whose folders a stage reads
+    "plus": ("reward",),
+    "coarse": ("reward",),
+    "fine": ("coarse", "sft"),
+    "eval": ("sft", "plus", "coarse", "fine"),
+}
+
+
+def target(folder, stage):
+    """What a stage leaves behind when it is done."""
+    return Path(folder) / {"eval": "results.json", "report": "report.png", "pretrain": "base"}.get(stage, stage)
+
+
+def is_finished(folder, stage):
+    path = target(folder, stage)
+    return path.is_file() or (path / "config.json").exists()
+
+
+def forget(folder, stage):
+    """Deletes the checkpoints of a stage that is finished."""
+    if processes.is_first():
+        shutil.rmtree(Path(folder) / "checkpoint" / stage, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another stage has one
+            (Path(folder) / "checkpoint").rmdir()
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def as_json(options):
+    """Options as JSON has them, tuples as lists."""
+    return json.loads(json.dumps(dataclasses.asdict(options)))
+
+
+def resume_options(options, given, stage):
+    """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. What the user
+    gave (`given`) may differ from them only where it changes no more than rounding."""
+    path = checkpoint.newest(Path(options.out) / "checkpoint" / stage)
+    if path is None:
+        return options
+    before = checkpoint.load(path)[1]["options"]
+    now = as_json(options)
+    for name in given:
+        if name in FREE or now[name] == before[name]:
+            continue
+        change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
+        if name not in ROUNDING:
+            raise InputError(f"{change}; --resume goes on with the same, --overwrite starts the stage anew")
+        print(f"{change}: the last bits of the result may differ")
+    changes = {name: now[name] for name in (*FREE, *(name for name in ROUNDING if name in given))}
+    return dataclasses.replace(options, **(before | changes))
+
+
+def parse_log(path):
+    """(line, the object in it) of a log. The last line may be half written, by a run that is at it or was killed."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["stage"]
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                raise InputError(f"{path}:{number}: expected a line of a log, found {line[:40]!r}") from None
+            return
+        yield line, row
+
+
+class Lock:
+    """Keeps a second process off a run folder. The kernel drops the lock with the process that holds it, however that
+    ends; the file itself means nothing."""
+
+    file = None
+
+    def take(self, folder):
+        if self.file or not processes.is_first():
+            return
+        file = open(folder / ".lock", "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            another = f"--out: another process is at work in {folder}; wait for it, or give another --out"
+            raise InputError(another) from None
+        self.file = file
+
+    def release(self):
+        if self.file:
+            self.file.close()
+            self.file = None
+
+
+class Run:
+    """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs, and the
+    checkpoint that it goes on from."""
+
+    def __init__(self, options, stage, lock=None):
+        self.options = options
+        self.stage = stage
+        self.folder = Path(options.out)
+        self.lock = lock or Lock()
+        self.dtype = getattr(torch, options.dtype)
+        self.target = target(self.folder, stage)
+        self.checkpoints = self.folder / "checkpoint" / stage
+        self.done = 0
+        self.state = None  # what the stage goes on from
+        for path in (self.folder, *self.folder.parents):
+            if path.is_file():
+                raise InputError(f"--out: {path} is a file, a folder is expected")
+        if stage in ("report", "chat"):
+            return
+        if (self.folder / ".lock").exists():  # before anything is loaded, and again when it starts
+            self.lock.take(self.folder)
+        self.refuse_work()
+        path = checkpoint.newest(self.checkpoints)
+        if options.resume and path:
+            self.done, self.state = checkpoint.load(path)
+            print(f"{stage}: going on after step {self.done}")
+            self.compare_models()
+
+    def refuse_work(self):
+        """Refuses a stage with work in it, whole or interrupted."""
+        if self.options.overwrite:
+            return
+        ways = "--overwrite does the stage again, --resume {}, another --out leaves it alone"
+        if self.stage != "eval" and is_finished(self.folder, self.stage):
+            raise InputError(f"--out: {self.target} has work in it; {ways.format('keeps it')}")
+        if checkpoint.newest(self.checkpoints) and not self.options.resume:
+            raise InputError(f"--out: {self.checkpoints} has an interrupted run; {ways.format('goes on with it')}")
+
+    def models(self):
+        """{folder: fingerprint} of the models that the stage reads."""
+        paths = [self.options.model, self.options.reward_model, self.options.sft_model]
+        paths += [target(self.folder, stage) for stage in NEEDS.get(self.stage, ())]
+        folders = [locate(path) for path in paths if path and (is_model(path) or path == self.options.model)]
+        return {str(folder): fingerprint(folder) for folder in folders}
+
+    def compare_models(self):
+        if self.state["models"] != self.models():
+            other = "the interrupted run read other models than are there now; --overwrite starts the stage anew"
+            raise InputError(f"{self.checkpoints}: {other}")
+        if self.state["versions"] != versions():
+            print(f"{self.state['versions']} in the interrupted run, {versions()} now: the last bits may differ")
+
+    def start(self):
+        """The first thing written, once the stage has found its input sound: the options, and the logs without the
+        lines that are not of the steps done."""
+        processes.wait()  # by now all have seen what the folder held before
+        if processes.is_first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.take(self.folder)
+            self.refuse_work()
+            if not self.options.resume:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            for name in LOGS:
+                self.cut_log(name, self.state["lines"][name] if self.state else 0)
+            path = self.folder / "config.json"
+            config = read_json(path) if path.exists() else {}
+            write_json(path, config | {self.stage: dataclasses.asdict(self.options) | {"versions": versions()}})
+        processes.wait()
+
+    def cut_log(self, name, count):
+        """Leaves `count` lines of this stage: what follows is of an earlier try, or of steps to be done again."""
+        path = self.folder / name
+        lines = []
+        own = 0
+        for line, row in parse_log(path):
+            own += row["stage"] == self.stage
+            if row["stage"] != self.stage or own <= count:
+                lines.append(line)
+        if path.exists():
+            write_lines(path, lines)
+        if own < count:
+            print(f"{path}: {count - own} of the lines before the checkpoint are gone")
+
+    def log(self, name, row):
+        """Appends a line; strict JSON, so that NaN and infinity are null."""
+        if not processes.is_first():
+            return
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        path = self.folder / name
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, **row}) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk by itself has no name
+
+    def metrics(self):
+        """{stage: [row]} of everything logged so far."""
+        rows = {}
+        for _, row in parse_log(self.folder / "metrics.jsonl"):
+            rows.setdefault(row["stage"], []).append(row)
+        return rows
+
+    # ---------------------------------------------------------------- training
+
+    def train(self, trainer, labels, step=None, monitors=None):
+        """Calls `step` (trainer.step where none is given) -> metrics until `options.steps` are done, under a progress
+        bar that shows the metrics in `labels`. Logs each step with the warnings of `monitors`, and saves what `trainer`
+        goes on from every `save_every` steps, when a signal stops it, and when it fails."""
+        self.restore(trainer, monitors)
+        step = step or trainer.step
+        steps = self.options.steps
+        failures = 0
+        bar = tqdm(total=steps, initial=self.done, desc=self.stage, dynamic_ncols=True, file=sys.stdout)
+        with stop_signals() as signals, bar:
+            while self.done < steps:
+                metrics = step()
+                self.done += 1
+                if monitors:
+                    self.warn(monitors, metrics)
+                self.log("metrics.jsonl", {"step": self.done, **metrics})
+                bar.update()
+                bar.set_postfix_str(" ".join(f"{label} {metrics[name]:.3g}" for name, label in labels.items()))
+                failures = failures + 1 if metrics["skipped_updates"] else 0
+                is_stopped = processes.total(len(signals)) > 0
+                is_failing = failures >= self.options.max_skipped
+                every = self.options.save_every
+                is_due = every and self.done % every == 0 and self.done < steps
+                if is_stopped or is_failing or is_due:
+                    self.save_checkpoint(trainer)
+                self.end(signals, is_stopped, failures if is_failing else 0)
+
+    def restore(self, trainer, monitors):
+        """Gives `trainer` the state of the checkpoint that the stage goes on from, or begins anew."""
+        if self.state is None:
+            trainer.begin()
+            return
+        try:
+            trainer.load_state_dict(self.state["trainer"])
+        except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+            raise InputError(f"{self.checkpoints}: does not fit this model and data ({error})") from None
+        for row in self.metrics().get(self.stage, ()) if monitors else ():
+            monitors.check(row)
+        checkpoint.set_random_state(self.state["random"])
+        self.state = None  # free it: the trainer has all of it
+
+    def warn(self, monitors, metrics):
+        """Adds the warnings that hold after a step to its metrics, and prints those that are new."""
+        for name, text in monitors.check(metrics).items():
+            metrics.setdefault("warnings", []).append(name)
+            if name not in monitors.printed:
+                monitors.printed.add(name)
+                tqdm.write(f"  warning ({name}): {text}", file=sys.stdout)
+
+    def end(self, signals, is_stopped, failures):
+        saved = f"{self.checkpoints} has all of it, the same command with --resume goes on"
+        if is_stopped:
+            raise Stopped(f"stopped after step {self.done}; {saved}", signals[0] if signals else 15)
+        if failures:
+            raise Failed(
+                f"{self.stage}: {failures} steps in a row had gradients that are not finite, and nothing was learnt from "
+                f"them; lower the learning rate, look at the scores; {saved}"
+            )
+
+    def save_checkpoint(self, trainer):
+        """All that decides how this stage goes on. Several processes gather it together; the first writes it."""
+        state = {
+            "options": dataclasses.asdict(self.options),
+            "versions": versions(),
+            "models": self.models(),
+            "lines": {name: self.count_lines(name) for name in LOGS},
+            "random": checkpoint.random_state(),
+            "trainer": trainer.state_dict(),
+        }
+        if processes.is_first():
+            checkpoint.save(self.checkpoints, self.done, state)
+        processes.wait()
+
+    def count_lines(self, name):
+        """How many lines of a log are this stage's; from here on they are on the disk."""
+        path = self.folder / name
+        if path.exists():
+            sync(path)
+        return sum(row["stage"] == self.stage for _, row in parse_log(path))
+
+    def once(self, name, make, *folders):
+        """`make()`, some JSON. A stage that goes on where it was interrupted takes what was made then, if it was made
+        with the same options, models and `folders`."""
+        path = self.checkpoints / f"{name}.json"
+        options = {key: v for key, v in as_json(self.options).items() if key not in (*FREE, *ROUNDING)}
+        inputs = {"options": options, "models": self.models() | {str(f): fingerprint(locate(f)) for f in folders}}
+        if self.options.resume and path.exists():
+            content = read_json(path)
+            if content.get("inputs") == inputs:
+                return checkpoint.unpack(content["value"], {})
+        value = checkpoint.pack(make(), {})
+        write_json(path, {"inputs": inputs, "value": value})
+        return checkpoint.unpack(value, {})
+
+    # ---------------------------------------------------------------- models
+
+    def tokenizer(self, folder):
+        """The tokenizer in a model's folder. Refused where the model has no embedding for some of its tokens."""
+        folder = locate(folder)
+        tokenizer = load_tokenizer(folder, self.options.template or None)
+        rows = read_config(folder).get("vocab_size") if is_model(folder) else None
+        if rows is not None and tokenizer.vocab_size > rows:
+            raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {rows}")
+        return tokenizer
+
+    def scorer(self, policy_tokenizer=None, ends=True, base=None):
+        """The `Scorer` of --reward-model or of the run's own reward model, or None where there is none. `base`: a
+        `Mistral` in memory that its adapters may stand on."""
+        folder = Path(self.options.reward_model or self.folder / "reward")
+        if not self.options.reward_model and not (folder / "config.json").exists():
+            return None
+        folder = locate(folder)
+        model = RewardModel.over_base(folder, base) if base else None
+        if model is None:
+            model = RewardModel.from_pretrained(folder, self.options.device, self.dtype)
+        return Scorer(model, self.tokenizer(folder), policy_tokenizer, ends, self.options.max_length)
+
+    def save(self, model, tokenizer):
+        """The stage's model folder, with the tokenizer's files and the template that it was trained with."""
+        model.config.bos_token_id = tokenizer.bos_id
+        model.config.eos_token_id = tokenizer.eos_id
+        model.config.pad_token_id = tokenizer.pad_id
+        model.save_pretrained(self.target, companions(tokenizer))
+        processes.wait()
+        forget(self.folder, self.stage)

@@ -1,0 +1,191 @@
+"""The three kinds of tokenizer file, each behind the same names:
+
+    encode(text, continues) -> ids, without BOS; `continues` leaves out the space that is put before a text
+    decode(ids) -> text, of ordinary ids
+    token_id(name) -> id or None
+    vocab_size, controls {name: id}, defaults {"bos" | "eos" | "pad" | "unk": name}
+    adds_bos       whether BOS goes before plain text, as the model was trained
+    version        Mistral's own, "v1" to "v7", or ""
+    prefix_once    whether text behind a control token goes without the space that is put before a text
+"""
+
+import base64
+import json
+
+import sentencepiece
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from support.files import read_json, reading
+from tokenizer.templates import PART
+
+
+class SentencePiece:
+    """`tokenizer.model`, read by the sentencepiece library."""
+
+    adds_bos = True
+    prefix_once = False
+
+    def __init__(self, path, extra):
+        """extra: {name: id} of the control tokens that a fine-tune put behind the model's own."""
+        with reading(path, "a whole SentencePiece model; it is cut or something else"):
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        sp = self.sp
+        self.decode = sp.decode
+        self.controls = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i) or sp.is_unknown(i)}
+        self.controls |= extra
+        self.vocab_size = 1 + max(len(sp) - 1, *self.controls.values())
+        ids = {"bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id(), "unk": sp.unk_id()}
+        self.defaults = {key: sp.id_to_piece(i) for key, i in ids.items() if i >= 0}
+        # The bare name tells no version: Mistral ships v1 and v3 alike as `tokenizer.model`.
+        by_tokens = "v7" if "[SYSTEM_PROMPT]" in self.controls else "v3" if "[INST]" in self.controls else ""
+        self.version = path.name.removeprefix("tokenizer.model").lstrip(".") or by_tokens
+
+    def encode(self, text, continues):
+        if not continues:
+            return self.sp.encode(text)
+        # SentencePiece puts a space before every text, but not behind a newline, which is no part of a longer
+        # piece: " yes" gives [▁yes] here and [▁, ▁yes] by itself.
+        newline = self.sp.encode("\n")
+        return self.sp.encode("\n" + text)[len(newline):]
+
+    def token_id(self, name):
+        i = self.controls.get(name, self.sp.piece_to_id(name))
+        return None if i == self.sp.unk_id() and name not in self.controls else i
+
+
+class HuggingFace:
+    """`tokenizer.json`, read by the `tokenizers` library, which would match control tokens in any text."""
+
+    NAMES = {"bos": ["<s>", "<|begin_of_text|>"], "unk": ["<unk>"], "pad": ["<pad>"],
+             "eos": ["</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>"]}
+
+    def __init__(self, path, settings):
+        raw = read_json(path)
+        with reading(path, "a BPE tokenizer of the tokenizers library"):
+            if raw["model"].get("type", "BPE") != "BPE":
+                raise ValueError(f"a {raw['model']['type']} model")
+            tokens = raw.get("added_tokens") or []
+            self.ids = raw["model"]["vocab"] | {token["content"]: token["id"] for token in tokens}
+            # Runs of spaces that some families add as ordinary tokens are no control tokens.
+            special = [token for token in tokens if token["special"] or PART.fullmatch(token["content"])]
+            self.controls = {token["content"]: token["id"] for token in special}
+            text_only = self._without_controls(raw)
+            bare = without_prefix(text_only)
+            self.engine = Tokenizer.from_str(json.dumps(text_only))
+            self.bare_engine = self.engine if bare == text_only else Tokenizer.from_str(json.dumps(bare))
+            self.vocab_size = max(self.ids.values()) + 1
+        spaces = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
+        self.prefix_once = '"prepend_scheme": "first"' in spaces
+        self.defaults = {}
+        for key, names in self.NAMES.items():
+            self.defaults[key] = next((name for name in names if name in self.controls), None)
+        bos = settings.get("bos_token") or self.defaults["bos"]
+        self.adds_bos = bos is not None and json.dumps(bos) in json.dumps(raw.get("post_processor"))
+        self.version = "v3" if "[INST]" in self.controls else ""
+
+    def _without_controls(self, raw):
+        """The file's content for text alone. It may ask to cut or pad every text; that is left out, too."""
+        model = raw["model"]
+        # Some conversions, and training on text with "</s>" in it, leave merges that spell a control token.
+        merges = []
+        for merge in model["merges"]:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            if not {left, right, left + right} & self.controls.keys():
+                merges.append((left, right))
+        # The library would give new ids to ordinary added tokens that the vocabulary lacks.
+        text_names = self.ids.keys() - self.controls.keys() | {model.get("unk_token")}
+        vocab = {name: i for name, i in self.ids.items() if name in text_names}
+        tokens = [token for token in raw.get("added_tokens") or [] if token["content"] not in self.controls]
+        return raw | {"model": model | {"vocab": vocab, "merges": merges}, "added_tokens": tokens,
+                      "post_processor": None, "truncation": None, "padding": None}
+
+    def encode(self, text, continues):
+        engine = self.bare_engine if continues else self.engine
+        return engine.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.engine.decode(ids, skip_special_tokens=False)
+
+    def token_id(self, name):
+        return self.ids.get(name)
+
+
+def without_prefix(raw):
+    """The content of a tokenizer.json without the space that is put before a text."""
+    neutral = {"add_prefix_space": False, "prepend_scheme": "never", "prepend": ""}
+
+    def neutralize(node):
+        return {key: neutral.get(key, value) for key, value in node.items()}
+
+    parts = json.dumps({key: raw.get(key) for key in ("normalizer", "pre_tokenizer")})
+    return raw | json.loads(parts, object_hook=neutralize)
+
+
+class Tekken:
+    """Mistral's `tekken.json`: byte-level BPE by rank, as in tiktoken. Special tokens have the lowest ids."""
+
+    adds_bos = True
+    prefix_once = False
+    defaults = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
+    # Files before v7 leave the special tokens out; these are mistral-common's, in their order.
+    NAMES = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+             "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] "
+             "[SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
+
+    def __init__(self, path):
+        raw = read_json(path)
+        with reading(path, "Mistral's tekken format"):
+            config = raw["config"]
+            self.version = config["version"]
+            self.vocab_size = config["default_vocab_size"]
+            reserved = config["default_num_special_tokens"]
+            names = {token["token_str"]: token["rank"] for token in raw.get("special_tokens") or []}
+            names = names or {name: i for i, name in enumerate(self.NAMES)}
+            self.controls = {f"<SPECIAL_{i}>": i for i in range(len(names), reserved)} | names
+            # The file holds more tokens than the model was trained with; these end at default_vocab_size.
+            tokens = raw["vocab"][:self.vocab_size - reserved]
+            if len(tokens) + reserved != self.vocab_size:
+                raise ValueError(f"{len(tokens)} tokens where {self.vocab_size - reserved} belong")
+            pieces = [spell(base64.b64decode(token["token_bytes"])) for token in tokens]
+            ids = {piece: i for i, piece in enumerate(pieces, start=reserved)}
+            if not set(spell(range(256))) <= ids.keys():
+                raise ValueError("a byte without a token")
+            self.engine = Tokenizer(models.BPE(ids, list_merges(ids), ignore_merges=True))
+            words = pre_tokenizers.Split(Regex(config["pattern"]), "isolated")
+            letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            self.engine.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
+            self.engine.decoder = decoders.ByteLevel()
+
+    def encode(self, text, continues):  # no space is ever put before a text
+        return self.engine.encode(text).ids
+
+    def decode(self, ids):
+        return self.engine.decode(ids)
+
+    def token_id(self, name):
+        return self.controls.get(name)
+
+
+# GPT-2's spelling of bytes: one that prints in Latin-1 is its own letter, the others are letters from 256 on.
+PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+LETTERS = {byte: 256 + n for n, byte in enumerate(sorted(set(range(256)) - PRINTABLE))}
+
+
+def spell(piece):
+    """The letters that stand for bytes in a byte-level vocabulary: spell(b" a") == "Ġa"."""
+    return bytes(piece).decode("latin-1").translate(LETTERS)
+
+
+def list_merges(ranks):
+    """Every way to join two pieces to a third, by the third's rank: [(left, right)], the lowest rank first.
+
+    ranks: {piece: rank}. The list says "join the two neighbours whose union has the lowest rank". Of equal
+    ranks tiktoken and SentencePiece take the leftmost, so a run of spaces grows from its left: of the ways to
+    join one piece, the one with the longest left part goes first.
+    """
+    merges = []
+    for piece in sorted(ranks, key=ranks.get):
+        for i in range(len(piece) - 1, 0, -1):
+            if piece[:i] in ranks and piece[i:] in ranks:
+                merges.append((piece[:i], piece[i:]))
+    return merges

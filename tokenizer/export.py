@@ -1,0 +1,140 @@
+"""What other programs need to read and write text as we do: `tokenizer.json`, `tokenizer_config.json` and
+`chat_template.jinja`, for model folders that came without.
+
+Mistral distributes a SentencePiece model or a `tekken.json` alone; transformers, lm-evaluation-harness and
+vLLM open a `tokenizer.json`. Files that a folder came with stay as they are, except a chat template that the
+model was not trained with. Other programs' ids equal ours (tests/test_hf_tokenizer.py), with two exceptions:
+they read text that spells a control token as that token, and text like "<0x0A>" between two user-defined
+pieces of a SentencePiece model (the tiny world's has some) as that byte.
+"""
+
+import json
+import re
+import string
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from support.files import read_json
+from tokenizer.backends import Tekken, list_merges
+from tokenizer.templates import PART
+
+
+def companions(tokenizer):
+    """What is saved beside a model for its tokenizer: a list of paths to copy and of (name, text) pairs."""
+    paths = {path.name: path for path in tokenizer.files}
+    texts = {}
+    config = read_json(paths["tokenizer_config.json"]) if "tokenizer_config.json" in paths else {}
+    if "tokenizer.json" not in paths:
+        texts["tokenizer.json"] = tokenizer_json(tokenizer)
+        # A class of transformers that uses the file as it is; "LlamaTokenizer" would build its own instead.
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        names = {i: name for name, i in tokenizer.controls.items()}
+        ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+        config |= {key: names[i] for key, i in ids.items() if i in names}
+    if tokenizer.own_template != tokenizer.template.name:
+        config.pop("chat_template", None)
+        texts["chat_template.jinja"] = chat_template(tokenizer)
+    config["template"] = tokenizer.template.name
+    texts["tokenizer_config.json"] = json.dumps(config, indent=2) + "\n"
+    return [path for name, path in paths.items() if name not in texts] + list(texts.items())
+
+
+def tokenizer_json(tokenizer):
+    """The same tokenizer as the text of a tokenizer.json. BOS is put before a text, as these families do."""
+    backend = tokenizer.backend
+    engine = backend.engine if isinstance(backend, Tekken) else convert_sentencepiece(backend.sp)
+    raw = json.loads(engine.to_str())
+    raw["model"]["vocab"] |= tokenizer.controls  # the library would number them anew behind the vocabulary
+    engine = Tokenizer.from_str(json.dumps(raw))
+    names = sorted(tokenizer.controls, key=tokenizer.controls.get)
+    engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    bos = [name for name in names if tokenizer.controls[name] == tokenizer.bos_id]
+    engine.post_processor = processors.TemplateProcessing(
+        [*bos, "$A"], [*bos, "$A", "$B"], special_tokens=[(name, tokenizer.bos_id) for name in bos])
+    return engine.to_str()
+
+
+def convert_sentencepiece(sp):
+    """The `tokenizers` form of a SentencePiece BPE model."""
+    ids = {sp.id_to_piece(i): i for i in range(len(sp))}
+    special = [i for i in ids.values() if sp.is_control(i) or sp.is_unknown(i) or sp.is_byte(i)]
+    ranks = {piece: -sp.get_score(i) for piece, i in ids.items() if i not in special}
+    # SentencePiece matches user-defined pieces before any other. Their score is 0, as is that of the first
+    # merge, which stands behind them.
+    user_pieces = [piece for piece, rank in ranks.items() if rank == 0][:-1]
+    for piece in user_pieces:
+        del ranks[piece]
+    engine = Tokenizer(models.BPE(
+        ids, list_merges(ranks), unk_token=sp.id_to_piece(sp.unk_id()), fuse_unk=True, byte_fallback=True,
+        ignore_merges=bool(user_pieces)))
+    engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    if user_pieces:
+        longest_first = sorted(user_pieces, key=len, reverse=True)
+        pattern = Regex("|".join(map(re.escape, longest_first)))
+        engine.pre_tokenizer = pre_tokenizers.Split(pattern, "isolated")
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return engine
+
+
+JINJA = string.Template("""\
+{%- if messages[0]['role'] == 'system' -%}
+  {%- set system = messages[0]['content'] -%}
+  {%- set turns = messages[1:] -%}
+{%- else -%}
+  {%- set system = $default_system -%}
+  {%- set turns = messages -%}
+{%- endif -%}
+{{- $bos -}}
+{%- if system -%}{%- set text = system -%}{{- $system -}}{%- endif -%}
+{%- for turn in turns -%}
+  {%- set text = turn['content'] -%}
+  {%- if turn['role'] == 'user' -%}
+    {%- if system and $fold_here -%}{%- set text = $fold -%}{%- endif -%}
+    {{- $user -}}
+  {%- elif loop.last and not add_generation_prompt -%}
+    {{- $last -}}
+  {%- else -%}
+    {{- $assistant -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- $generation -}}{%- endif -%}
+""")
+FOLD_HERE = {"first": "loop.first", "last": "loop.index0 >= (turns | length) - 2 + (turns | length) % 2"}
+EXPRESSIONS = {
+    "{content}": "text",
+    "{stripped}": "text | trim",
+    "{rstripped}": "text.rstrip(' ')",
+    "{unspaced}": "(text[1:] if text[:1] == ' ' else text)",
+    "{bos}": "bos_token",
+    "{eos}": "eos_token",
+    "{system}": "system",
+    "{cut}": "''",
+}
+
+
+def chat_template(tokenizer):
+    """A jinja text that writes a dialogue as `Tokenizer.encode_chat` does, for programs that execute it."""
+    template = tokenizer.template
+    assistant = template.assistant
+    # mistral-common encodes each turn by itself, so SentencePiece puts a space before a reply. A program that
+    # encodes the dialogue as one text needs it written, unless a control token stands there.
+    if template.apart and not template.user.endswith(tuple(tokenizer.controls)):
+        assistant = " " + assistant
+    return JINJA.substitute(
+        default_system=json.dumps(template.default_system),
+        bos=expression("{bos}" if tokenizer.chat_bos and tokenizer.bos_id is not None else ""),
+        system=expression(template.system),
+        fold_here=FOLD_HERE[template.fold_into],
+        fold=expression(template.fold or "{content}"),
+        user=expression(template.user),
+        assistant=expression(assistant),
+        last=expression(template.last or assistant),
+        generation=expression(template.generation),
+    )
+
+
+def expression(pattern):
+    """The jinja expression of a template's pattern."""
+    parts = [part for part in PART.split(pattern) if part]
+    return " + ".join(EXPRESSIONS.get(part, json.dumps(part)) for part in parts) or "''"

@@ -1,0 +1,169 @@
+"""How each family of models writes a dialogue."""
+
+import re
+import warnings
+from dataclasses import dataclass, replace
+
+from support.files import InputError
+
+# What a pattern is made of: {word}, <|marker|>, [MARKER]; all between is literal text. A marker that is a
+# control token of the tokenizer becomes its id, any other is spelled out.
+PART = re.compile(r"(\{\w+\}|<\|\w+\|>|\[/?[A-Z_]+\])")
+CONTENT = {
+    "{content}": lambda text: text,
+    "{stripped}": lambda text: text.strip(),
+    "{rstripped}": lambda text: text.rstrip(" "),
+    "{unspaced}": lambda text: text.removeprefix(" "),  # a decoded reply may begin with the template's space
+}
+SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+@dataclass(frozen=True)
+class Template:
+    """How one family writes a dialogue. Patterns hold {bos}, {eos}, control markers and the message's text.
+
+    `{cut}` ends one segment of text and begins another that continues it, so that the ids of a prompt begin
+    the ids of prompt + reply with any tokenizer. They are the ids of the whole text where no token spans the
+    cut, and none spans ":" and a space in the tokenizers of these families, which begin a token at a space.
+    """
+
+    name: str
+    user: str
+    assistant: str
+    generation: str = ""  # opens the assistant's turn
+    last: str = ""  # the assistant's turn that ends the dialogue, where it differs from the others
+    system: str = ""  # a system turn of its own, or ...
+    fold: str = ""  # ... how the system text joins the user turn that `fold_into` names
+    fold_into: str = "first"
+    default_system: str = ""  # the system text of a dialogue that has none
+    bos: bool | None = False  # None: as this tokenizer does with plain text
+    apart: bool = False  # each turn's text is encoded by itself (mistral-common), not as part of one text
+    turn_end: str = "{eos}"  # what ends an assistant turn
+    stop_strings: tuple[str, ...] = ()  # what else ends it, for a model that was never taught an EOS
+
+    def turns(self, messages, add_generation_prompt):
+        """[(pattern, text)] of a valid dialogue."""
+        turns = [(message["role"], message["content"]) for message in messages]
+        if self.default_system and turns[0][0] != "system":
+            turns.insert(0, ("system", self.default_system))
+        if not self.system and turns[0][0] == "system":
+            system = turns.pop(0)[1]
+            users = [i for i, (role, _) in enumerate(turns) if role == "user"]
+            i = users[0] if self.fold_into == "first" else users[-1]
+            if system:
+                text = self.fold.replace("{content}", turns[i][1]).replace("{system}", system, 1)
+                turns[i] = ("user", text)
+        patterns = [(getattr(self, role), text) for role, text in turns]
+        if add_generation_prompt:
+            patterns.append((self.generation, ""))
+        elif self.last and turns[-1][0] == "assistant":
+            patterns[-1] = (self.last, turns[-1][1])
+        return patterns
+
+    def segments(self, messages, add_generation_prompt, markers):
+        """The dialogue as [kind, value] pairs: "control" and a marker, "text" and a text, or "more" and a
+        text that continues the one before it. markers: those that are control tokens."""
+        segments = []
+        for pattern, content in self.turns(messages, add_generation_prompt):
+            separate = self.apart
+            for part in filter(None, PART.split(pattern)):
+                text = CONTENT[part](content) if part in CONTENT else part
+                if part == "{cut}":
+                    segments.append(["more", ""])
+                elif part in markers:
+                    segments.append(["control", part])
+                elif separate or not segments or segments[-1][0] == "control":
+                    segments.append(["text", text])
+                else:
+                    segments[-1][1] += text
+                separate = False
+        return segments
+
+
+# mistral-common's InstructTokenizerV1, V2, V3, V7. System text joins the first user turn, from v2 the last.
+MISTRAL_V1 = Template("mistral", user="[INST] {content} [/INST]", assistant="{content}{eos}",
+                      fold="{system}\n\n{content}", bos=True, apart=True, stop_strings=("[INST]",))
+MISTRAL_V3 = replace(MISTRAL_V1, user="[INST]{content}[/INST]", assistant="{rstripped}{eos}",
+                     fold_into="last")
+MISTRAL_V7 = replace(MISTRAL_V3, system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]", fold="")
+# The name "mistral" and the tokenizer's version choose one of these. Without tools v3 equals v2.
+MISTRAL = {"v1": MISTRAL_V1, "v2": MISTRAL_V3, "v3": MISTRAL_V3, "v7": MISTRAL_V7}
+
+FAMILIES = [
+    # Anthropic HH-RLHF: its files are these strings. No EOS in a dialogue: the next "\n\nHuman:" ends a turn.
+    Template("hh", system="{content}", user="\n\nHuman: {content}",
+             assistant="\n\nAssistant:{cut} {unspaced}", last="\n\nAssistant:{cut} {unspaced}{eos}",
+             generation="\n\nAssistant:", bos=None, stop_strings=("\n\nHuman:",)),
+    MISTRAL_V1,
+    # OpenAI's ChatML as SmolLM2, Qwen and Hermes write it.
+    Template("chatml", system="<|im_start|>system\n{content}<|im_end|>\n",
+             user="<|im_start|>user\n{content}<|im_end|>\n",
+             assistant="<|im_start|>assistant\n{content}<|im_end|>\n", generation="<|im_start|>assistant\n",
+             turn_end="<|im_end|>", stop_strings=("<|im_end|>",)),
+    # Meta's llama repository, and transformers' template for Llama-2-chat.
+    Template("llama2", user="{bos}[INST] {stripped} [/INST]", assistant=" {stripped} {eos}",
+             fold="<<SYS>>\n{system}\n<</SYS>>\n\n{content}"),
+    # HuggingFaceH4/zephyr-7b; its markers are text in Mistral's vocabulary.
+    Template("zephyr", system="<|system|>\n{content}{eos}\n", user="<|user|>\n{content}{eos}\n",
+             assistant="<|assistant|>\n{content}{eos}\n", generation="<|assistant|>\n",
+             stop_strings=("<|user|>",)),
+    # No roles: each message is a line.
+    Template("plain", system="{content}\n", user="{content}\n", assistant="{cut}{content}\n",
+             last="{cut}{content}{eos}", bos=None),
+]
+TEMPLATES = {template.name: template for template in FAMILIES}
+# The first of these texts that a jinja chat template contains gives its family.
+MARKS = {"<|im_start|>": "chatml", "<<SYS>>": "llama2", "[INST]": "mistral", "<|user|>": "zephyr",
+         "Human:": "hh"}
+
+
+def find_family(jinja):
+    """The name of the family that a jinja chat template is of, or None."""
+    if "<|end|>" in jinja:  # Phi-3 has Zephyr's <|user|>, and an end marker of its own
+        return None
+    return next((name for mark, name in MARKS.items() if mark in jinja), None)
+
+
+def choose_template(folder, name, jinja, backend):
+    """The `Template` called `name`, in the variant that the folder's jinja text and its tokens ask for. Where
+    name is None the jinja text gives it, then the tokens."""
+    name = name or find_family(jinja)
+    if name is None and jinja:
+        warnings.warn(f"{folder}: its chat template is of no family known here; choose one of "
+                      f"{', '.join(TEMPLATES)} with template=")
+    elif name is None and "<|im_start|>" in backend.controls:
+        name = "chatml"
+    elif name is None and backend.version:
+        name = "mistral"
+    name = name or "hh"
+    if name not in TEMPLATES:
+        raise InputError(f"{folder}: unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
+    template = TEMPLATES[name]
+    if name == "mistral":
+        version = "v7" if "[SYSTEM_PROMPT]" in jinja else backend.version or "v1"
+        if version not in MISTRAL:
+            raise InputError(f"{folder}: Mistral's template {version} is not implemented "
+                             f"({', '.join(MISTRAL)} are); choose another with template=")
+        template = MISTRAL[version]
+    if name in ("chatml", "zephyr") and "bos_token" in jinja:
+        template = replace(template, bos=True)
+    if name == "chatml" and SMOLLM2_SYSTEM in jinja:
+        template = replace(template, default_system=SMOLLM2_SYSTEM)
+    return template
+
+
+def check_dialogue(messages):
+    """InputError unless system text comes at most once and first, then user and assistant in turn."""
+    expected = "user"
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            raise InputError(f"message {i}: expected {{'role': ..., 'content': text}}, got {message!r:.80}")
+        role = message.get("role")
+        if role == "system" and i == 0:
+            continue
+        if role != expected:
+            raise InputError(f"message {i}: role {role!r} where {expected!r} was expected "
+                             "(an optional system message, then user and assistant in turn)")
+        expected = "assistant" if role == "user" else "user"
+    if not any(message["role"] == "user" for message in messages):
+        raise InputError("a dialogue needs at least one user message")
