@@ -32,7 +32,7 @@ bench: .venv/ready-dev
 
 # the papers' claims on the tiny world, docs/EVIDENCE.md: hours, and goes on where it was stopped
 evidence: .venv/ready
-	$(VENV) bench/experiments.py all
+	$(VENV) evidence/experiments.py all
 
 # the GPU rows, with the torch, transformers, trl and peft that are there
 bench-gpu:

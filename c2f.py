@@ -115,9 +115,6 @@ class Options(RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOp
     def check(self):
         if self.resume and self.overwrite:
             raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
-        shares = self.minibatches * processes.WORLD
-        if self.batch < shares:
-            raise InputError(f"--batch: {self.batch} given, at least {shares} expected, a row a minibatch and process")
 
 
 def resolve(given, stage):
@@ -381,6 +378,7 @@ def run_stage(given, stage, lock):
     processes.set_threads(options.threads)
     torch.manual_seed(options.seed)
     start = time.time()
+    processes.wait()  # all have looked into the folder before the first writes
     if stage in TRAINED or processes.is_first():
         WORK[stage](run)
     processes.wait()

@@ -27,7 +27,7 @@ from generation import pad_left, pad_right, sample_responses
 from length import ContinuousMaximization  # noqa: F401  (part of this module's contract)
 from support.files import InputError
 from support.options import option
-from support.processes import RANK, gathered, share, total
+from support.processes import RANK, even, gathered, share, total
 from support.state import Stateful
 from training import Optimizer, Trainer, TrainingOptions, logprobs_and_entropy, token_logprobs
 
@@ -338,7 +338,7 @@ class PPOTrainer(Trainer):
 
     def sample(self):
         """(prompts, Rollout): this process's share of the next batch, at most `limiter.limit` tokens a response."""
-        prompts = share(self.draw(self.options.batch))
+        prompts = share(self.draw(even(self.options.batch, self.options.minibatches)))
         seed = int(torch.randint(2**62, (1,), generator=self.generator)) + RANK
         return prompts, rollout(self.actor, [p.ids for p in prompts], self.limiter.limit, self.sampling, seed)
 

@@ -1,8 +1,8 @@
-"""What the bench scripts share: cases, random weights, children, timing, memory, machine, JSON. No figures of its own.
+"""What the bench scripts share: cases, random weights, child processes, timing, memory, machine, JSON.
 
-A measurement that needs a process of its own (for its peak memory, or a fresh allocator) runs the same script
-again with `--child NAME`: `child` starts it, `answer` gives its result back. Peers are imported by the scripts
-alone, inside the functions that use them.
+A measurement that needs a process of its own (for its peak memory, or a fresh allocator) runs the same script again
+with `--child NAME`: `run_child` starts it, `answer` hands its result back. The libraries that ours is measured beside
+are imported inside the functions that use them, so that each process loads what it measures and nothing else.
 """
 
 import argparse
@@ -22,10 +22,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the product, and tests/smollm2.py, which makes that model's folder
-from model import Config, Mistral, initialize  # noqa: E402
+from model import Config, Mistral, initialize
+from support.files import write_json
+from weights import read_config
 
-TINY = dict(hidden_size=64, num_hidden_layers=2, vocab_size=512, intermediate_size=256, num_attention_heads=4,
-            num_key_value_heads=2, sliding_window=4096)  # fmt: skip
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4096}  # fmt: skip
+RANDOM_7B = "mistral-7b-random"
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MARK = "BENCH-ANSWER "  # begins the line in which a child answers
 
 
@@ -39,27 +43,30 @@ def random_model(config, device="cpu", dtype=torch.float32, seed=0):
     model.to(dtype).to_empty(device=device)
     model.tie()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # a norm's weight
                 parameter.fill_(1.0)
         return initialize(model, torch.Generator(device).manual_seed(seed)).eval()
 
 
 def shape_of(case):
     """The Config of a case, nothing loaded."""
-    if case == "mistral-7b-random":
+    if case == RANDOM_7B:
         return Config(sliding_window=4096)
     if case == "tiny":
         return Config(**TINY)
-    return Config.from_dict(json.loads(Path(case_folder(case), "config.json").read_text()))
+    return Config.from_dict(read_config(Path(case_folder(case))))
 
 
-def load_model(case, device="cpu", dtype=None):
+def dtype_of(case):
+    return torch.bfloat16 if case == RANDOM_7B else torch.float32
+
+
+def load_model(case, device="cpu"):
     """The model of a case: `tiny`, `smollm2` (real weights), `mistral-7b-random`, or any folder."""
-    dtype = dtype or (torch.bfloat16 if case == "mistral-7b-random" else torch.float32)
-    if case in ("tiny", "mistral-7b-random"):
-        return random_model(shape_of(case), device, dtype)
-    return Mistral.from_pretrained(case_folder(case), device, dtype)
+    if case in ("tiny", RANDOM_7B):
+        return random_model(shape_of(case), device, dtype_of(case))
+    return Mistral.from_pretrained(case_folder(case), device, dtype_of(case))
 
 
 def case_folder(case):
@@ -73,21 +80,19 @@ def case_folder(case):
         sys.exit(f"smollm2: {error}")
 
 
-def as_transformers(model, kind="AutoModelForCausalLM", attention="sdpa", **config):
+def as_transformers(model, kind="AutoModelForCausalLM", attention="sdpa", **settings):
     """transformers' model around the very tensors of ours (or of a ScalarModel): no second copy of the weights."""
     import transformers
 
-    d = model.config.to_dict(model.architecture, dtype=str(next(model.parameters()).dtype).removeprefix("torch."))
-    d |= config
-    made = transformers.AutoConfig.for_model(d.pop("model_type"), **d)
+    dtype = model.model.norm.weight.dtype
+    entries = model.config.to_dict(model.architecture) | settings
+    config = transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
     with torch.device(model.device):
-        theirs = getattr(transformers, kind).from_config(
-            made, dtype=next(model.parameters()).dtype, attn_implementation=attention
-        )
-    names = {model.file_names.get(n, n): p.detach() for n, p in model.named_parameters()}
-    if made.tie_word_embeddings and "model.embed_tokens.weight" in names and hasattr(theirs, "lm_head"):
-        names["lm_head.weight"] = names["model.embed_tokens.weight"]
-    theirs.load_state_dict(names, assign=True)
+        theirs = getattr(transformers, kind).from_config(config, dtype=dtype, attn_implementation=attention)
+    tensors = {model.file_names.get(name, name): p.detach() for name, p in model.named_parameters()}
+    if config.tie_word_embeddings and hasattr(theirs, "lm_head"):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    theirs.load_state_dict(tensors, assign=True)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -100,17 +105,14 @@ def linears(model):
 # ---------------------------------------------------------------- children
 
 
-def child(name, *more, env=None):
-    """Runs this script again, its options with `--child NAME` and `more`, and returns what it answered.
-
-    A child that fails raises RuntimeError with the last line of what it said."""
-    command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", name, *map(str, more)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | (env or {})
-    )
-    answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not answers:
-        raise RuntimeError(f"{name}: {last_line(done.stderr) or f'exit status {done.returncode}'}")
+def run_child(name, *arguments):
+    """Runs this script again with its options, `--child NAME` and `arguments`, and returns what it answered.
+    RuntimeError, with the line that says what went wrong, where it fails."""
+    command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", name, *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True)
+    answers = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
+    if process.returncode or not answers:
+        raise RuntimeError(f"{name}: {last_line(process.stderr) or f'exit status {process.returncode}'}")
     return json.loads(answers[-1].removeprefix(MARK))
 
 
@@ -121,8 +123,8 @@ def answer(value):
 def last_line(text):
     """The line that says what went wrong: of a traceback the last that names an error."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
-    return (named or lines or [""])[-1][:300]
+    errors = [line for line in lines if "Error" in line.split(":")[0] or "Exception" in line.split(":")[0]]
+    return (errors or lines or [""])[-1][:300]
 
 
 # ---------------------------------------------------------------- timing and memory
@@ -134,7 +136,7 @@ def sync(device):
 
 
 def seconds(call, device="cpu"):
-    """Seconds of one call, what it started on the device included."""
+    """Seconds of one call and of the work that it started on the device."""
     sync(device)
     start = time.perf_counter()
     call()
@@ -143,13 +145,14 @@ def seconds(call, device="cpu"):
 
 
 def interleave(work, runs, device="cpu", warmup=1):
-    """{name: seconds of each run} of {name: call}: a, b, a, b, ..., so that a slow moment meets both."""
+    """{name: seconds of each run} of {name: call}. The calls take turns, a, b, a, b, ..., so that a slow moment of the
+    machine meets all of them."""
     times = {name: [] for name in work}
     for run in range(-warmup, runs):
         for name, call in work.items():
-            took = seconds(call, device)
+            duration = seconds(call, device)
             if run >= 0:
-                times[name].append(took)
+                times[name].append(duration)
     return times
 
 
@@ -163,8 +166,8 @@ def paired(ours, theirs):
 
 
 def peak_rss_gib():
-    """Peak resident memory of this process. VmHWM counts from its own exec on; ru_maxrss, which stands in where
-    there is no /proc, can hold that of the process that started it."""
+    """Peak resident memory of this process. VmHWM counts from its own start on. Where there is no /proc, ru_maxrss
+    takes its place, which may be that of the process that started this one."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
@@ -174,14 +177,14 @@ def peak_rss_gib():
 
 
 def reset_peak(device):
-    """Forgets the GPU's peak so far: that of loading."""
+    """Resets the GPU's peak, so that it is not that of loading."""
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def memory(device):
-    """{"peak_rss_gib"} of this process, and "peak_gpu_gib" on a GPU: tensors at their most, without the cache."""
+    """{"peak_rss_gib"} of this process, and on a GPU "peak_gpu_gib": the tensors, without the allocator's cache."""
     figures = {"peak_rss_gib": round(peak_rss_gib(), 3)}
     if torch.device(device).type == "cuda":
         figures["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -189,15 +192,16 @@ def memory(device):
 
 
 def bandwidth(device, gib=1.0, runs=7):
-    """Bytes/s of memory, the best of some runs: a device-to-device copy on a GPU (what is read and what is
-    written both count), on a CPU the sum of, or a matrix-vector product with, an array larger than any cache."""
+    """Bytes/s of memory, the best of some runs. On a GPU a device-to-device copy, whose reads and writes both count; on
+    a CPU the sum of an array larger than any cache, or its product with a vector."""
     count = int(gib * 2**30) // 4
     x = torch.ones(count // 4096, 4096, device=device)
     if torch.device(device).type == "cuda":
         y = torch.empty_like(x)
         return 2 * x.nbytes / min(seconds(lambda: y.copy_(x), device) for _ in range(runs))
     v = torch.ones(4096)
-    return x.nbytes / min(seconds(read) for _ in range(runs) for read in (x.sum, lambda: x @ v))
+    times = interleave({"sum": x.sum, "product": lambda: x @ v}, runs, warmup=0)
+    return x.nbytes / min(times["sum"] + times["product"])
 
 
 def matmul_peak(device, dtype, runs=7):
@@ -211,16 +215,17 @@ def matmul_peak(device, dtype, runs=7):
 # ---------------------------------------------------------------- options and results
 
 
-def parser(doc, cases=("tiny", "smollm2"), folder=False):
-    """An ArgumentParser with what all scripts take; with `folder`, --case takes any model folder too."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = " | ".join(cases)
-    p.add_argument("--case", default=cases[0], choices=None if folder else cases, help=kinds + (" | a folder" * folder))
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    p.add_argument("--threads", type=positive, default=1, help="CPU threads of either side (default 1)")
-    p.add_argument("--json", default="", help="file to write")
-    p.add_argument("--child", default="", help=argparse.SUPPRESS)
-    return p
+def new_parser(description, cases=("tiny", "smollm2"), folder=False):
+    """An ArgumentParser with the options of all scripts; with `folder`, --case takes any model folder too."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=form)
+    kinds = " | ".join(cases) + " | a folder" * folder
+    parser.add_argument("--case", default=cases[0], choices=None if folder else cases, help=kinds)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads of either side (default 1)")
+    parser.add_argument("--json", default="", help="file to write")
+    parser.add_argument("--child", default="", help=argparse.SUPPRESS)
+    return parser
 
 
 def positive(text):
@@ -235,24 +240,26 @@ def natural(text):
     return int(text)
 
 
-def parse(p, argv=None):
-    """The options, checked; threads set. What cannot run here ends with one line and status 2."""
-    o = p.parse_args(argv)
-    if o.device == "cuda" and not torch.cuda.is_available():
-        p.error("--device cuda: torch sees no GPU")
-    if o.case == "mistral-7b-random" and o.device != "cuda":
-        p.error("--case mistral-7b-random needs --device cuda")
-    if o.case not in ("tiny", "smollm2", "mistral-7b-random") and not Path(o.case, "config.json").exists():
-        p.error(f"--case {o.case}: not a case, nor a folder with a config.json")
-    os.environ["OMP_NUM_THREADS"] = str(o.threads)  # of the children
-    torch.set_num_threads(o.threads)
+def parse(parser, argv=None):
+    """The options, checked, and the threads set. What cannot run here ends with one line and status 2."""
+    options = parser.parse_args(argv)
+    case = options.case
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if case == RANDOM_7B and options.device != "cuda":
+        parser.error(f"--case {RANDOM_7B} needs --device cuda")
+    if case not in ("tiny", "smollm2", RANDOM_7B) and not Path(case, "config.json").exists():
+        parser.error(f"--case {case}: not a case, nor a folder with a config.json")
+    os.environ["OMP_NUM_THREADS"] = str(options.threads)  # of the children
+    torch.set_num_threads(options.threads)
     torch.set_float32_matmul_precision("highest")
-    return o
+    return options
 
 
 def machine(device="cpu"):
     """What a figure depends on: processor, memory, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "trl", "peft", "triton"):
@@ -260,7 +267,7 @@ def machine(device="cpu"):
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             pass
-    described = {
+    description = {
         "cpu": names[0] if names else platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -269,21 +276,15 @@ def machine(device="cpu"):
         **versions,
     }
     if torch.device(device).type == "cuda":
-        described["gpu"] = torch.cuda.get_device_name(device)
-    return described
+        description["gpu"] = torch.cuda.get_device_name(device)
+    return description
 
 
-def write_json(path, result, device="cpu"):
-    """Writes the result with machine and command under a temporary name, then renames it: a file of that name
-    is a whole one. No path: nothing is written."""
-    if not path:
-        return
-    command = "python " + shlex.join([relative(sys.argv[0]), *sys.argv[1:]])
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps({"command": command, "machine": machine(device), **result}, indent=2) + "\n")
-    scratch.replace(path)
+def write_result(path, result, device="cpu"):
+    """Writes the result with machine and command. No path: nothing is written."""
+    if path:
+        command = "python " + shlex.join([relative(sys.argv[0]), *sys.argv[1:]])
+        write_json(path, {"command": command, "machine": machine(device), **result})
 
 
 def relative(path):

@@ -8,12 +8,12 @@ tiny: Mistral d64, 2 layers, V512, batch 16, prompts of 16 to 32 tokens, respons
 response to each of the same prompts.
 
 Proof. TRL takes one step; the sequences that it sampled and its own `logprobs`, `ref_logprobs`, `values`,
-`advantages` (whitened), `returns`, scores and losses are read out of its `train` at the end of that step. Then our
+`advantages` (whitened), `returns`, scores and losses are taken out of its `train` at the end of that step. Then our
 trainer takes its first step on the same sequences from the same weights. `max_abs_diff` is the largest difference
-of the first four, in float64 (7B: bfloat16); `max_abs_diff_fp32` in float32, as timed; `differences_*` have all, the
-losses and weights after the update among them. On SmolLM2 float32 itself is the limit: both sides lie about 3e-5 from
-a float64 run, at logits near 40. With full training the reference is the policy with noise, so that the KL in the
-rewards is not 0; with LoRA it is the base.
+of the first four with weights in float64 (7B: bfloat16); `max_abs_diff_fp32` in float32, as timed; `differences_*`
+have all, the losses and weights after the update among them. On SmolLM2 float32 itself is the limit: both sides lie
+about 3e-5 from a float64 run, at logits near 40. With full training the reference is the policy with noise, so that
+the KL in the rewards is not 0; with LoRA it is the base.
 
 Timing. ours, trl, ours, trl, ..., each in a process of its own: one step to warm up, then `--steps`. Medians over all
 steps; `ratio` is the median of the ratios pair by pair. Peak RSS is each process's own.
@@ -21,17 +21,16 @@ steps; `ratio` is the median of the ratios pair by pair. Peak RSS is each proces
 The same on both sides: weights of policy, reference, reward model (trunk and random head) and value model (the
 policy's trunk, another random head); prompts and their padding, length, temperature 1, no stop token and no EOS;
 one minibatch of all rows (--microbatch on both), epochs; kl 0.05 (k1), gamma 1, lambda 0.95, advantages whitened (with
-Bessel's correction), rewards not; clip 0.2 for ratio and value, value loss weighed 1; AdamW (fused), lr, betas, eps,
-no decay, constant lr; LoRA on the seven linear layers with alpha 2r, its score head trained. The first step's
+Bessel's correction), rewards not; clip 0.2 for ratio and value, value loss with weight 1; AdamW (fused), lr, betas,
+eps, no decay, constant lr; LoRA on the seven linear layers with alpha 2r, its score head trained. The first step's
 logprobs, scores, losses prove it.
 Not the same: random numbers; TRL's ratio is taken against the sampler's own logprobs, ours against those of a further
-forward where the trainer reads them so; we clip gradients by norm (here at 1e9, so the norm is computed and nothing
-clipped), TRL's PPO has no clipping; LoRA's random A; TRL divides logits by 1 + 1e-7, means losses over a microbatch
-where we mean over the minibatch (alike at these fixed lengths). Our calibration of the score (once, before the first
-step) is left out as is TRL's start-up, and its mean and deviation are 0 and 1 here.
+forward pass, which also computes the entropy that we log; we clip gradients by norm (here at 1e9, so the norm is
+computed and nothing clipped), TRL's PPO has no clipping; LoRA's random A; TRL divides logits by 1 + 1e-7, and means
+losses over a microbatch where we mean over the minibatch (alike at these fixed lengths). Our calibration of the score
+(`begin`, once, before the first step) is left out as is TRL's start-up, so the score's mean and deviation are 0 and 1.
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -41,13 +40,17 @@ import statistics
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import common
 import torch
 
 import ppo
-from model import Mistral, ScalarModel
+from generation import Sampling
+from length import FixedLimit
+from model import Mistral, ScalarModel, adapted
 from reward import RewardModel
 from weights import Weights
 
@@ -56,35 +59,35 @@ CASES = {  # batch, prompt, response
     "smollm2": (8, 64, 64),
     "mistral-7b-random": (64, 256, 256),
 }
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SEEDS = {"reward": 0, "critic": 1}  # of the random heads
-SETTINGS = dict(lr=1e-5, betas=(0.9, 0.95), eps=1e-5, kl=0.05, gamma=1.0, lam=0.95, clip=0.2)
+HEAD_SEEDS = {"reward": 0, "critic": 1}
+SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-5, "kl": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2}
+COMPARED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
 
 
-def make_prompts(o, vocabulary):
+def make_prompts(options, vocabulary):
     """`batch` different prompts of half to all of the prompt length: text for smollm2, else random ids."""
     g = torch.Generator().manual_seed(1)
-    lengths = torch.randint(o.prompt // 2, o.prompt + 1, (o.batch,), generator=g).tolist()
-    lengths[0] = o.prompt
-    if o.case != "smollm2":
+    lengths = torch.randint(options.prompt // 2, options.prompt + 1, (options.batch,), generator=g).tolist()
+    lengths[0] = options.prompt
+    if options.case != "smollm2":
         return [torch.randint(3, vocabulary, (n,), generator=g).tolist() for n in lengths]
     from tokenizer import load_tokenizer
 
     text = (common.ROOT / "data/tiny/prompts.txt").read_text()[: 20 * sum(lengths)]
-    ids = iter(load_tokenizer(common.case_folder(o.case)).encode(text))
+    ids = iter(load_tokenizer(common.case_folder(options.case)).encode(text))
     return [list(itertools.islice(ids, n)) for n in lengths]
 
 
-def export(o, folder):
+def export(options, folder):
     """Writes policy, reference, critic and reward as model folders that both sides read. 7B is not written: each
     process makes it from the same seed on the device."""
-    if o.case == "mistral-7b-random":
+    if options.case == common.RANDOM_7B:
         return
-    policy = common.load_model(o.case)
+    policy = common.load_model(options.case)
     policy.save_pretrained(folder / "policy")
-    for name, seed in SEEDS.items():
+    for name, seed in HEAD_SEEDS.items():
         RewardModel.from_base(folder / "policy", seed=seed).save_pretrained(folder / name)
-    if not o.lora_rank:
+    if not options.lora_rank:
         with torch.no_grad():
             g = torch.Generator().manual_seed(2)
             for p in policy.parameters():
@@ -92,52 +95,49 @@ def export(o, folder):
         policy.save_pretrained(folder / "reference")
 
 
-def load(o, folder, cls, name):
+def load(options, folder, cls, name):
     """Our model of that name, in the case's dtype on its device."""
-    if o.case != "mistral-7b-random":
-        return cls.from_pretrained(folder / name, o.device, getattr(torch, o.dtype))
-    policy = common.load_model(o.case, o.device)
+    if options.case != common.RANDOM_7B:
+        return cls.from_pretrained(folder / name, options.device, getattr(torch, options.dtype))
+    policy = common.load_model(options.case, options.device)
     if cls is Mistral:
         return policy
-    with torch.device("meta"):
-        model = cls(policy.config)
-    model.model = policy.model
-    weight = scalar_head(o, folder, name, policy.config.hidden_size)
-    model.head.weight = torch.nn.Parameter(weight.to(policy.lm_head.weight.dtype))
+    return with_head(cls.over(policy), scalar_head(options, folder, name, policy.config.hidden_size))
+
+
+def with_head(model, weight):
+    """The scalar model with this weight (1, C) in its head."""
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
     return model.eval()
 
 
-def scalar_head(o, folder, name, size):
+def scalar_head(options, folder, name, size):
     """The weight (1, C) of the head of critic or reward model: the folder's, or 7B's by its seed."""
-    if o.case != "mistral-7b-random":
-        return Weights(folder / name).read("score.weight").to(o.device)
-    g = torch.Generator(o.device).manual_seed(SEEDS[name])
-    return torch.empty(1, size, device=o.device).normal_(0.0, (size + 1) ** -0.5, generator=g)
+    if options.case != common.RANDOM_7B:
+        return Weights(folder / name).read("score.weight").to(options.device)
+    g = torch.Generator(options.device).manual_seed(HEAD_SEEDS[name])
+    return torch.empty(1, size, device=options.device).normal_(0.0, (size + 1) ** -0.5, generator=g)
 
 
-def updated(policy, head):
-    """(name, weight) of a few weights that a step has changed, of either side."""
-    kept = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
-    return [(n, p) for n, p in policy.named_parameters() if n in kept] + [("value head", head.weight)]
+def updated_weights(policy, head):
+    """{name: weight} of a few weights that a step changes, of either side."""
+    weights = {name: p.detach().cpu() for name, p in policy.named_parameters() if name in COMPARED}
+    return weights | {"value head": head.weight.detach().cpu()}
 
 
 # ---------------------------------------------------------------- ours
 
 
-class Trainer(ppo.PPOTrainer):
-    """Scores as they are: no calibration (its cost comes once, not with a step)."""
-
-    def calibrate(self):
-        pass
-
-
-def build(o, actor, reference, critic, score):
-    """Our trainer on these models; o: batch, microbatch, epochs, response, steps, lora_rank, and `prompts`."""
-    options = ppo.PPOOptions(
-        batch=o.batch,
-        epochs=o.epochs,
+def build(options, roles, prompts, score):
+    """Our trainer at a constant learning rate. options: batch, microbatch, epochs, response, steps."""
+    settings = ppo.PPOOptions(
+        steps=options.steps + 1,
+        seed=1,
+        batch=options.batch,
+        epochs=options.epochs,
         minibatches=1,
-        microbatch=o.microbatch,
+        microbatch=options.microbatch,
         lr=SETTINGS["lr"],
         critic_lr=SETTINGS["lr"],
         kl_coefficient=SETTINGS["kl"],
@@ -147,95 +147,91 @@ def build(o, actor, reference, critic, score):
         gae_lambda=SETTINGS["lam"],
         max_grad_norm=1e9,
     )
-    limit, prompts = ppo.FixedLimit(o.response), [ppo.Prompt(ids, ids) for ids in o.prompts]
-    trainer = Trainer(actor, reference, critic, prompts, score, limit, options, o.steps + 1, seed=1)
-    trainer.schedules = [torch.optim.lr_scheduler.LambdaLR(x, lambda step: 1.0) for x in trainer.optimizers]
+    prompts = [ppo.Prompt(ids, ids) for ids in prompts]
+    trainer = ppo.PPOTrainer(roles, prompts, score, FixedLimit(options.response), Sampling(), settings)
+    for optimizer in (trainer.actor_optimizer, trainer.critic_optimizer):
+        optimizer.WARMUP = 0.0
+        optimizer.FLOOR = 1.0
     return trainer
 
 
-def our_models(o, folder):
-    """(actor, reference, critic, reward model) of ours; with LoRA four roles of one base."""
-    actor = load(o, folder, Mistral, "policy")
-    actor.model.checkpointing = o.checkpointing
-    if not o.lora_rank:
-        critic = load(o, folder, ScalarModel, "critic")
-        critic.model.checkpointing = o.checkpointing
-        return actor, load(o, folder, Mistral, "reference"), critic, load(o, folder, RewardModel, "reward")
-    from model import Adapter
+def our_models(options, folder):
+    """(roles, reward model) of ours; with LoRA all four stand on one base."""
+    if not options.lora_rank:
+        actor = load(options, folder, Mistral, "policy")
+        critic = load(options, folder, ScalarModel, "critic")
+        reference = load(options, folder, Mistral, "reference")
+        reward = load(options, folder, RewardModel, "reward")
+    else:
+        reference = load(options, folder, Mistral, "policy")
+        g = torch.Generator(options.device).manual_seed(3)
+        rank = options.lora_rank
+        size = reference.config.hidden_size
+        actor = adapted(reference, rank, 2 * rank, g)
+        critic = ScalarModel.over(adapted(reference, rank, 2 * rank, g))
+        critic = with_head(critic, scalar_head(options, folder, "critic", size))
+        reward = with_head(RewardModel.over(reference), scalar_head(options, folder, "reward", size))
+    for model in (actor, critic):
+        model.model.checkpointing = options.checkpointing
+    return ppo.Roles(actor, reference, critic), reward
 
-    base, g = actor, torch.Generator(o.device).manual_seed(3)
-    adapter = lambda: Adapter(base.model, o.lora_rank, 2 * o.lora_rank, g)
-    actor, critic, reward = base.sharing(adapter()), ScalarModel.over(base, adapter()), RewardModel.over(base, None)
-    for name, model in (("critic", critic), ("reward", reward)):
-        with torch.no_grad():
-            model.head.weight.copy_(scalar_head(o, folder, name, base.config.hidden_size))
-    return actor, base.sharing(), critic, reward
 
-
-def our_trainer(o, folder):
+def our_trainer(options, folder):
     """Everything of ours is built here, in `our_models` and in `build`."""
-    actor, reference, critic, reward = our_models(o, folder)
-    o.prompts = make_prompts(o, actor.config.vocab_size)
-    score = lambda contexts, responses: reward.score_rows([c + r for c, r in zip(contexts, responses)])
-    return build(o, actor, reference, critic, score)
+    roles, reward = our_models(options, folder)
+
+    def score(prompts, responses):
+        return reward.score_rows([prompt + response for prompt, response in zip(prompts, responses)])
+
+    return build(options, roles, make_prompts(options, roles.actor.config.vocab_size), score)
 
 
-def our_steps(o, folder):
-    trainer, times = our_trainer(o, folder), []
-    common.reset_peak(o.device)
-    for _ in range(o.steps + 1):
-        times.append(common.seconds(trainer.step, o.device))
-    return {"seconds": times[1:], **common.memory(o.device)}
+def our_steps(options, folder):
+    trainer = our_trainer(options, folder)
+    common.reset_peak(options.device)
+    times = [common.seconds(trainer.step, options.device) for _ in range(options.steps + 1)]
+    return {"seconds": times[1:], **common.memory(options.device)}
 
 
-def same_work(o, folder):
+def same_work(options, folder):
     """Our first step on the sequences of TRL's: {quantity: largest absolute difference}."""
     theirs = torch.load(folder / "first.pt")
-    P = theirs["context_length"]
-    rows = {}  # the real tokens of a prompt -> its row in TRL's batch
-    for i, row in enumerate(theirs["query_responses"][:, :P].tolist()):
-        rows[tuple(t for t in row if t != theirs["pad"])] = i
-    trainer, seen = our_trainer(o, folder), {}
+    places = {}  # the real tokens of a prompt: its row in TRL's batch
+    for row, ids in enumerate(theirs["query_responses"][:, : theirs["context_length"]].tolist()):
+        places[tuple(token for token in ids if token != theirs["pad"])] = row
+    order = []  # TRL's row of each of ours
 
-    def forced(actor, prompts, *_, **__):
-        taken = [rows[tuple(p)] for p in prompts]
-        return theirs["responses"][taken].tolist(), theirs["logprobs"][taken].tolist()
+    def sample_theirs(actor, prompts, *_):
+        order.extend(places[tuple(prompt)] for prompt in prompts)
+        return theirs["responses"][order].tolist(), theirs["logprobs"][order].tolist()
 
-    def compute_rewards(scores, logprobs, ref_logprobs, *more):
-        seen.update(scores=scores, logprobs=logprobs, ref_logprobs=ref_logprobs)
-        return original(scores, logprobs, ref_logprobs, *more)
+    trainer = our_trainer(options, folder)
+    trainer.update = Mock(wraps=trainer.update)
+    rewards_spy = Mock(wraps=ppo.compute_rewards)
+    with patch.object(ppo, "sample_responses", sample_theirs), patch.object(ppo, "compute_rewards", rewards_spy):
+        metrics, _ = trainer.step()
+    scores, logprobs, ref_logprobs, *_ = rewards_spy.call_args.args
+    (batch,) = trainer.update.call_args.args
+    ours = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": batch.values}
+    ours |= {"advantages": batch.advantages, "returns": batch.returns, "scores": scores}
+    differences = {name: max_difference(x, theirs[name][order]) for name, x in ours.items()}
+    for name in ("policy_loss", "value_loss"):  # with several epochs ours are means over all, TRL's are the first's
+        differences[name] = abs(metrics[name] - theirs[name])
+    after = updated_weights(trainer.actor, trainer.critic.head)
+    pairs = [(after[name], weight) for name, weight in theirs["updated"].items() if name in after]
+    differences["updated_weights"] = max(max_difference(*pair) for pair in pairs)
+    return differences | {"mean_kl_of_a_response": theirs["kl"]}
 
-    def update(batch, advantages, returns, values, *more):
-        columns = zip(batch.tokens[:, : batch.prompt_columns].tolist(), batch.mask[:, : batch.prompt_columns].tolist())
-        seen["order"] = [rows[tuple(t for t, real in zip(*pair) if real)] for pair in columns]
-        seen.update(advantages=advantages, returns=returns, values=values)
-        return metrics.update(Trainer.update(trainer, batch, advantages, returns, values, *more)) or metrics
 
-    metrics, original = {}, ppo.compute_rewards
-    with contextlib.ExitStack() as stack:
-        for name, function in (("generate", forced), ("compute_rewards", compute_rewards)):
-            stack.callback(setattr, ppo, name, getattr(ppo, name))
-            setattr(ppo, name, function)
-        trainer.update = update
-        trainer.step()
-    far = lambda name: (seen[name].float().cpu() - theirs[name][seen["order"]].float()).abs().max().item()
-    after = dict(updated(trainer.actor, trainer.critic.head))
-    moved = {n: (after[n].detach().cpu() - p).abs().max().item() for n, p in theirs["updated"].items() if n in after}
-    return {
-        **{name: far(name) for name in ("logprobs", "ref_logprobs", "values", "advantages", "returns", "scores")},
-        # with several epochs ours are means over all of them, TRL's is the first's
-        "policy_loss": abs(metrics["policy_loss"] - theirs["policy_loss"]),
-        "value_loss": abs(metrics["value_loss"] - theirs["value_loss"]),
-        "updated_weights": max(moved.values()),
-        "mean_kl_of_a_response": theirs["kl"],
-    }
+def max_difference(x, y):
+    return (x.double().cpu() - y.double().cpu()).abs().max().item()
 
 
 # ---------------------------------------------------------------- TRL
 
 
 def in_double(model):
-    """transformers' RMSNorm rounds to float32 within, in a float64 model too; here it does not."""
+    """A float64 model of transformers whose RMSNorm computes in float64; its own rounds to float32."""
 
     def norm(module, x):
         return module.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
@@ -246,30 +242,35 @@ def in_double(model):
     return model
 
 
-def trl_models(o, folder):
-    """Policy, reference or None, value model, reward model, as TRL takes them."""
+def trl_model(options, folder, name, kind):
+    """A model of ours as a class of transformers."""
     import transformers
 
-    def take(name, kind):
-        if o.case == "mistral-7b-random":
-            ours = load(o, folder, Mistral if name == "policy" else RewardModel, name)
-            return common.as_transformers(ours, kind, **({} if name == "policy" else {"num_labels": 1}))
-        model = getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, o.dtype))
-        return in_double(model) if o.dtype == "float64" else model
+    if options.case == common.RANDOM_7B:
+        ours = load(options, folder, Mistral if name == "policy" else RewardModel, name)
+        settings = {} if name == "policy" else {"num_labels": 1}
+        return common.as_transformers(ours, kind, **settings)
+    model = getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, options.dtype))
+    return in_double(model) if options.dtype == "float64" else model
 
-    language, scalar = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-    policy, value, reward = take("policy", language), take("critic", scalar), take("reward", scalar)
-    if o.checkpointing:  # TRL's PPO reads the option of its config and leaves it at that
+
+def trl_models(options, folder):
+    """Policy, reference or None, value model, reward model, LoRA's configuration or None, as TRL takes them."""
+    policy = trl_model(options, folder, "policy", "AutoModelForCausalLM")
+    value = trl_model(options, folder, "critic", "AutoModelForSequenceClassification")
+    reward = trl_model(options, folder, "reward", "AutoModelForSequenceClassification")
+    if options.checkpointing:  # TRL's PPO reads the option of its config and does nothing with it
         for model in (policy, value):
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    if not o.lora_rank:
-        return policy, take("reference", language), value, reward, None
+    if not options.lora_rank:
+        return policy, trl_model(options, folder, "reference", "AutoModelForCausalLM"), value, reward, None
     import peft
 
-    config = lambda: peft.LoraConfig(r=o.lora_rank, lora_alpha=2 * o.lora_rank, target_modules=list(TARGETS))
-    value = peft.inject_adapter_in_model(config(), value)  # freezes the trunk and stays the class that TRL wants
+    rank = options.lora_rank
+    configs = [peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=common.LORA_TARGETS) for _ in range(2)]
+    value = peft.inject_adapter_in_model(configs[0], value)  # freezes the trunk and stays the class that TRL wants
     value.score.requires_grad_(True)
-    return policy, None, value, reward, config()
+    return policy, None, value, reward, configs[1]
 
 
 class SamePrompts(torch.utils.data.Dataset):
@@ -277,41 +278,44 @@ class SamePrompts(torch.utils.data.Dataset):
     The last batch of an epoch is never used: there accelerate would step after every microbatch."""
 
     def __init__(self, prompts, steps):
-        self.prompts, self.length, self.given = prompts, len(prompts) * (steps + 2), 0
+        self.prompts = prompts
+        self.length = len(prompts) * (steps + 2)
+        self.calls = 0
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
-        self.given += 1
-        return {"input_ids": self.prompts[self.given % len(self.prompts)]}
+        self.calls += 1
+        return {"input_ids": self.prompts[self.calls % len(self.prompts)]}
 
 
-def trl_trainer(o, folder, callback):
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+def id_tokenizer(vocabulary):
+    """A tokenizer that pads ids and never reads text. Its padding is the id `vocabulary`, which no model can sample,
+    because TRL takes that id for padding wherever it stands."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    policy, reference, value, reward, lora = trl_models(o, folder)
-    V = policy.config.vocab_size
-    # Ids alone are padded, never text. Padding is id V, which no model can sample: TRL takes it for padding anywhere.
-    words = {str(i): i for i in range(V)} | {"<pad>": V}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, "0")), pad_token="<pad>", eos_token="2", padding_side="left"
-    )
-    config = PPOConfig(
+    words = {str(i): i for i in range(vocabulary)} | {"<pad>": vocabulary}
+    backend = Tokenizer(models.WordLevel(words, "0"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="2", padding_side="left")
+
+
+def trl_config(options, folder):
+    from trl.experimental.ppo import PPOConfig
+
+    return PPOConfig(
         output_dir=str(folder / "trl"),
-        use_cpu=o.device == "cpu",
+        use_cpu=options.device == "cpu",
         bf16=False,
-        gradient_checkpointing=o.checkpointing,
-        per_device_train_batch_size=o.microbatch,
-        gradient_accumulation_steps=o.batch // o.microbatch,
+        gradient_checkpointing=options.checkpointing,
+        per_device_train_batch_size=options.microbatch,
+        gradient_accumulation_steps=options.batch // options.microbatch,
         num_mini_batches=1,
-        num_ppo_epochs=o.epochs,
-        total_episodes=o.batch * (o.steps + 1),
-        local_rollout_forward_batch_size=o.batch,
-        response_length=o.response,
+        num_ppo_epochs=options.epochs,
+        total_episodes=options.batch * (options.steps + 1),
+        local_rollout_forward_batch_size=options.batch,
+        response_length=options.response,
         stop_token=None,
         temperature=1.0,
         kl_coef=SETTINGS["kl"],
@@ -335,147 +339,163 @@ def trl_trainer(o, folder, callback):
         disable_tqdm=True,
         seed=1,
     )
+
+
+def trl_trainer(options, folder, callback):
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    from trl.experimental.ppo import PPOTrainer
+
+    policy, reference, value, reward, lora = trl_models(options, folder)
+    prompts = make_prompts(options, policy.config.vocab_size)
     return PPOTrainer(
-        args=config,
-        processing_class=tokenizer,
+        args=trl_config(options, folder),
+        processing_class=id_tokenizer(policy.config.vocab_size),
         model=policy,
         ref_model=reference,
         reward_model=reward,
         value_model=value,
-        train_dataset=SamePrompts(make_prompts(o, V), o.steps + 1),
-        eval_dataset=SamePrompts(make_prompts(o, V), 0),  # TRL wants one, and never reads it here
+        train_dataset=SamePrompts(prompts, options.steps + 1),
+        eval_dataset=SamePrompts(prompts, 0),  # TRL wants one, and never reads it here
         callbacks=[callback],
         peft_config=lora,
     )
 
 
-def trl_steps(o, folder):
-    """Times TRL's steps from end to end of a step, and keeps what its first step computed in first.pt."""
+def trl_first_step(variables):
+    """What TRL's first step computed, from the local variables of its `train`."""
+    names = ("query_responses", "responses", "logprobs", "ref_logprobs", "values", "advantages", "returns", "scores")
+    first = {name: variables[name].detach().cpu() for name in names}
+    first["context_length"] = variables["context_length"]
+    first["pad"] = variables["processing_class"].pad_token_id
+    first["policy_loss"] = variables["pg_loss_stats"][0, 0].mean().item()
+    first["value_loss"] = variables["vf_loss_stats"][0, 0].mean().item()
+    first["kl"] = variables["kl"].sum(1).mean().item()
+    first["updated"] = updated_weights(variables["model"].policy, variables["model"].value_model.score)
+    return first
+
+
+def trl_steps(options, folder):
+    """Times TRL's steps from end to end of a step, and writes what its first step computed to first.pt."""
     from transformers import TrainerCallback
 
     ends = []
 
     class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **_):
-            common.sync(o.device)
+        def on_step_end(self, *_, **__):
+            common.sync(options.device)
+            if not ends:
+                frame = sys._getframe()
+                while frame.f_code.co_name != "train":
+                    frame = frame.f_back
+                torch.save(trl_first_step(frame.f_locals), folder / "first.pt")
             ends.append(time.perf_counter())
-            if len(ends) > 1:
-                return
-            frame = sys._getframe()
-            while frame.f_code.co_name != "train":  # its variables still live: take them as they are
-                frame = frame.f_back
-            v = frame.f_locals
-            first = {n: v[n].detach().cpu() for n in ("query_responses", "responses", "logprobs", "ref_logprobs",
-                     "values", "advantages", "returns", "scores")}  # fmt: skip
-            first |= {"context_length": v["context_length"], "pad": v["processing_class"].pad_token_id}
-            first |= {"policy_loss": v["pg_loss_stats"][0, 0].mean().item(), "kl": v["kl"].sum(1).mean().item()}
-            first["value_loss"] = v["vf_loss_stats"][0, 0].mean().item()
-            first["updated"] = {
-                n: p.detach().cpu() for n, p in updated(v["model"].policy, v["model"].value_model.score)
-            }
-            torch.save(first, folder / "first.pt")
-            ends[0] = time.perf_counter()
 
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = trl_trainer(o, folder, Watch())
-        common.reset_peak(o.device)
+        trainer = trl_trainer(options, folder, Watch())
+        common.reset_peak(options.device)
         trainer.train()
-    return {"seconds": [b - a for a, b in zip(ends, ends[1:])], **common.memory(o.device)}
+    return {"seconds": [b - a for a, b in zip(ends, ends[1:])], **common.memory(options.device)}
 
 
 # ---------------------------------------------------------------- both
 
 
-def side(o, runs):
+def describe_side(options, runs):
     """Figures of one side from its runs, over all steps."""
-    per_second = [o.batch / s for run in runs for s in run["seconds"]]
+    per_second = [options.batch / s for run in runs for s in run["seconds"]]
     figures = {"samples_per_second": statistics.median(per_second)}
-    figures["tokens_per_second"] = figures["samples_per_second"] * o.response
+    figures["tokens_per_second"] = figures["samples_per_second"] * options.response
     figures["samples_per_second_spread"] = common.spread(per_second)
-    return figures | {n: max(run[n] for run in runs) for n in runs[0] if n.startswith("peak")}
+    return figures | {name: max(run[name] for run in runs) for name in runs[0] if name.startswith("peak")}
 
 
-def options(argv=None):
-    p = common.parser(__doc__, tuple(CASES))
-    p.add_argument("--epochs", type=common.positive, default=1)
-    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: full training, with a separate reference")
-    p.add_argument("--steps", type=common.positive, default=5, help="steps timed in each run")
-    p.add_argument(
-        "--repeats", type=common.natural, default=3, help="pairs of runs; 0 proves the same work and times nothing"
-    )
-    p.add_argument("--batch", type=common.positive, help="instead of the case's")
-    p.add_argument("--prompt", type=common.positive, help="instead of the case's")
-    p.add_argument("--response", type=common.positive, help="instead of the case's")
-    p.add_argument("--microbatch", type=common.positive, help="rows read at once, on both sides; default all")
-    p.add_argument("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
-    p.add_argument("--only", choices=("ours", "trl"), help="time one side alone, without the proof")
-    p.add_argument("--dtype", default="float32", choices=("float32", "float64"), help=argparse.SUPPRESS)
-    p.add_argument("--folder", type=Path, help="keep the exported weights here")
-    o = common.parse(p, argv)
-    o.batch, o.prompt, o.response = (x or y for x, y in zip((o.batch, o.prompt, o.response), CASES[o.case]))
-    o.microbatch = min(o.microbatch or o.batch, o.batch)
-    if o.batch % o.microbatch:
-        p.error(f"--microbatch {o.microbatch} does not divide the batch of {o.batch}")
-    if o.case == "mistral-7b-random" and not o.lora_rank:
-        p.error("--case mistral-7b-random: full training of 7B with Adam does not fit one GPU; give --lora-rank")
-    return o
+def parse_options(argv=None):
+    parser = common.new_parser(__doc__, tuple(CASES))
+    add = parser.add_argument
+    add("--epochs", type=common.positive, default=1)
+    add("--lora-rank", type=common.natural, default=0, help="0: full training, with a separate reference")
+    add("--steps", type=common.positive, default=5, help="steps timed in each run")
+    add("--repeats", type=common.natural, default=3, help="pairs of runs; 0 proves the same work and times nothing")
+    add("--batch", type=common.positive, help="instead of the case's")
+    add("--prompt", type=common.positive, help="instead of the case's")
+    add("--response", type=common.positive, help="instead of the case's")
+    add("--microbatch", type=common.positive, help="rows in a forward pass, on both sides; default all")
+    add("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
+    add("--only", choices=("ours", "trl"), help="time one side alone, without the proof")
+    add("--dtype", default="float32", choices=("float32", "float64"), help=SUPPRESS)
+    add("--folder", type=Path, help="keep the exported weights here")
+    options = common.parse(parser, argv)
+    batch, prompt, response = CASES[options.case]
+    options.batch = options.batch or batch
+    options.prompt = options.prompt or prompt
+    options.response = options.response or response
+    options.microbatch = min(options.microbatch or options.batch, options.batch)
+    if options.batch % options.microbatch:
+        parser.error(f"--microbatch {options.microbatch} does not divide the batch of {options.batch}")
+    if options.case == common.RANDOM_7B and not options.lora_rank:
+        parser.error(f"--case {options.case}: full training of 7B with Adam does not fit one GPU; give --lora-rank")
+    return options
 
 
-def prove(o, folder):
-    """The proof, in float32 as timed and in float64, where rounding hides nothing (7B: in bfloat16 alone)."""
+def prove(options, folder):
+    """The proof in float32, as timed, and in float64, where rounding hides nothing (7B: in bfloat16 alone)."""
     result = {}
-    small = ("--dtype", "float64", "--microbatch", min(2, o.batch))  # two rows at once: float64 takes twice the memory
-    proofs = {"bf16": ()} if o.case == "mistral-7b-random" else {"fp32": (), "fp64": small}
-    for name, more in proofs.items():
-        common.child("first", "--folder", folder, *more)
-        differences = common.child("same", "--folder", folder, *more)
-        proof = max(differences[n] for n in ("logprobs", "ref_logprobs", "values", "advantages"))
+    if options.case == common.RANDOM_7B:
+        proofs = {"bf16": ()}
+    else:  # two rows at a time in float64, which takes twice the memory
+        proofs = {"fp32": (), "fp64": ("--dtype", "float64", "--microbatch", min(2, options.batch))}
+    for name, arguments in proofs.items():
+        common.run_child("first", "--folder", folder, *arguments)
+        differences = common.run_child("same", "--folder", folder, *arguments)
+        proof = max(differences[quantity] for quantity in ("logprobs", "ref_logprobs", "values", "advantages"))
         result |= {f"max_abs_diff_{name}": proof, f"differences_{name}": differences, "max_abs_diff": proof}
         print(f"same work, {name}: {proof:.1e}  " + "  ".join(f"{n} {d:.1e}" for n, d in differences.items()))
     return result
 
 
-def compare(o, folder):
+def compare(options, folder):
     """Runs the children and puts their answers together."""
-    sides = (o.only,) if o.only else ("ours", "trl")
-    runs, result = {name: [] for name in sides}, {}
-    if not o.only:
-        result = prove(o, folder)
-    for _ in range(o.repeats):
+    sides = (options.only,) if options.only else ("ours", "trl")
+    proof = {} if options.only else prove(options, folder)
+    runs = {name: [] for name in sides}
+    for _ in range(options.repeats):
         for name in sides:
-            runs[name].append(common.child(name, "--folder", folder))
-    if not o.repeats:
-        return result
-    result = {name: side(o, runs[name]) for name in sides} | result
-    if not o.only:
-        medians = {n: [o.batch / statistics.median(run["seconds"]) for run in runs[n]] for n in sides}
+            runs[name].append(common.run_child(name, "--folder", folder))
+    if not options.repeats:
+        return proof
+    result = {name: describe_side(options, runs[name]) for name in sides} | proof
+    if not options.only:
+        medians = {name: [options.batch / statistics.median(run["seconds"]) for run in runs[name]] for name in sides}
         result["ratio_spread"] = common.paired(medians["ours"], medians["trl"])
         result["ratio"] = result["ratio_spread"]["median"]
     for name in sides:
-        peaks = ", ".join(f"{k} {x:.2f}" for k, x in result[name].items() if k.startswith("peak"))
+        peaks = ", ".join(f"{key} {x:.2f}" for key, x in result[name].items() if key.startswith("peak"))
         speed = result[name]["samples_per_second"]
-        print(f"{name}: {speed:.3g} samples/s, {speed * o.response:.4g} tokens/s, {peaks}")
+        print(f"{name}: {speed:.3g} samples/s, {speed * options.response:.4g} tokens/s, {peaks}")
     return result
 
 
+CHILDREN = {"ours": our_steps, "trl": trl_steps, "first": trl_steps, "same": same_work, "export": export}
+
+
 def main():
-    o = options()
-    if o.child:
-        o.steps *= o.child != "first"
-        work = {"ours": our_steps, "trl": trl_steps, "first": trl_steps, "same": same_work, "export": export}[o.child]
-        return common.answer(work(o, o.folder))
+    options = parse_options()
+    if options.child:
+        if options.child == "first":
+            options.steps = 0
+        return common.answer(CHILDREN[options.child](options, options.folder))
     with tempfile.TemporaryDirectory() as scratch:
-        folder = o.folder or Path(scratch)
+        folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            common.child("export", "--folder", folder)  # this process stays small
-            result = compare(o, folder)
+            common.run_child("export", "--folder", folder)  # this process stays small
+            result = compare(options, folder)
         except RuntimeError as error:
-            sys.exit(f"ppo_vs_trl {o.case}: {error}")
+            sys.exit(f"ppo_vs_trl {options.case}: {error}")
     if "ratio" in result:
         print(f"ratio {result['ratio']:.2f}")
-    asked = {n: getattr(o, n) for n in ("case", "epochs", "lora_rank", "batch", "prompt", "response", "microbatch")}
-    common.write_json(o.json, asked | result, o.device)
+    names = ("case", "epochs", "lora_rank", "batch", "prompt", "response", "microbatch")
+    common.write_result(options.json, {name: getattr(options, name) for name in names} | result, options.device)
     if not math.isfinite(result.get("max_abs_diff", 0.0)):
         sys.exit("ppo_vs_trl: the two sides do not do the same work")
 

@@ -1,4 +1,4 @@
-"""Data: readers of the public formats (`readers.py`), and a small synthetic world to train on (`world.py`)."""
+"""Data: readers of the public formats (`readers.py`), and a small synthetic world (`world.py`)."""
 
 from data.readers import (  # noqa: F401
     dialogue,

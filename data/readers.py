@@ -4,15 +4,17 @@ r"""Readers of public data formats: a file or a folder in, an iterator of plain 
     read_prompts(path)       ->  prompts, strings
     read_instructions(path)  ->  [{"role", "content"}, ...], ending with an assistant turn
 
-A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next reply at its end:
-"\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a dialogue keeps its
-leading space, so that prompt + chosen is the row's dialogue byte for byte; a reply to plain text stands as the row has
-it. `dialogue` turns either kind of prompt into messages for a chat template, `hh_prompt` turns them back.
+A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next reply at
+its end: "\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a
+dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for byte; a reply to
+plain text stands as the row has it. `dialogue` turns either kind of prompt into messages for a chat template,
+`hh_prompt` turns them back.
 
-Files are read line by line (lines of up to 256 MiB); only a JSON array is held in memory whole. `.gz` is unpacked on
-the way. A folder stands for all files below it with an ending that the reader knows, sorted. A mistake in a file is an
-`InputError` of one line, `file:line: expected ...`. Rows that are well formed but useless (chosen and rejected alike, a
-blank turn) are left out and counted: `rows.skipped` is a Counter of reasons.
+Files are read line by line (lines of up to 256 MiB); only a JSON array is held in memory whole. `.gz` is
+unpacked on the way. A folder stands for all files below it with an ending that the reader knows, sorted. A
+mistake in a file is an `InputError` of one line, `file:line: expected ...`. Rows that are well formed but
+useless (chosen and rejected alike, a blank turn) are left out and counted: `rows.skipped` is a Counter of
+reasons.
 """
 
 import csv
@@ -33,7 +35,8 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 QUESTIONS = ("instruction", "question", "prompt", "goal")  # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
 ANSWERS = ("output", "response", "answer", "completion")
 PREFERENCE_FORMS = (
-    '{"chosen", "rejected"} dialogues, {"prompt", "chosen", "rejected"} or {"prompt", "response": [better, worse]}'
+    '{"chosen", "rejected"} dialogues, {"prompt", "chosen", "rejected"} '
+    'or {"prompt", "response": [better, worse]}'
 )
 INSTRUCTION_FORMS = (
     '{"messages"}, {"conversations"}, {"instruction", "input", "output"}, {"prompt", "response"} '
@@ -43,32 +46,32 @@ PROMPT_FORMS = '{"prompt"}, {"goal"}, {"turns"}, ' + INSTRUCTION_FORMS
 
 
 def read_preferences(path) -> "Rows":
-    """(prompt, chosen, rejected) from {"chosen", "rejected"} dialogues (HH), {"prompt", "chosen", "rejected"} or
-    {"prompt", "response": [better, worse]} (PKU-SafeRLHF), a row a line or a JSON array. Prompt and replies may also
-    be lists of messages (UltraFeedback)."""
+    """(prompt, chosen, rejected) from {"chosen", "rejected"} dialogues (HH), {"prompt", "chosen", "rejected"}
+    or {"prompt", "response": [better, worse]} (PKU-SafeRLHF), a row a line or a JSON array. Prompt and
+    replies may also be lists of messages (UltraFeedback)."""
     return Rows(path, JSON, preference)
 
 
 def read_prompts(path) -> "Rows":
-    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a `prompt` or `goal`
-    column (XSTest, AdvBench), or the lines of a text file."""
+    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a `prompt` or
+    `goal` column (XSTest, AdvBench), or the lines of a text file."""
     return Rows(path, JSON + (".tsv", ".csv", ".txt"), prompt_of_row)
 
 
 def read_instructions(path) -> "Rows":
-    """Messages from {"messages"} or {"conversations"} (ShareGPT, LIMA), {"instruction", "input", "output"} (Alpaca with
-    its `history`, Dolly), {"prompt", "response"}, {"question", "answer"}, or FLAN's chain-of-thought TSV. Texts stand
-    as in the row (GSM8K keeps its <<48/2=24>>); turns after the last answer are dropped."""
+    """Messages from {"messages"} or {"conversations"} (ShareGPT, LIMA), {"instruction", "input", "output"}
+    (Alpaca with its `history`, Dolly), {"prompt", "response"}, {"question", "answer"}, or FLAN's
+    chain-of-thought TSV. Texts stand as in the row (GSM8K keeps its <<48/2=24>>); turns after the last answer
+    are dropped."""
     return Rows(path, JSON + (".tsv",), instruction)
 
 
 def dialogue(prompt: str) -> list[dict]:
     r"""The messages of a prompt, without the cue at its end. Roles alternate.
 
-    "Be kind.\n\nHuman: Hi\n\nAssistant:" -> system "Be kind.", user "Hi"; "Hi" -> user "Hi".
-    A turn ends only where the other speaker begins: a few HH prompts hold two Assistant turns in a row, which chat
-    templates refuse. Here the second stays text inside the first and nothing is lost.
-    """
+    "Be kind.\n\nHuman: Hi\n\nAssistant:" -> system "Be kind.", user "Hi"; "Hi" -> user "Hi". A turn ends only
+    where the other speaker begins: a few HH prompts hold two Assistant turns in a row, which chat templates
+    refuse. Here the second stays text inside the first and nothing is lost."""
     system, tag, rest = prompt.partition(HUMAN)
     if not tag:
         return [{"role": "user", "content": prompt}]
@@ -85,8 +88,7 @@ def dialogue(prompt: str) -> list[dict]:
 
 
 def hh_prompt(messages: list[dict]) -> str:
-    """The HH form of messages, with the cue for the next reply. The inverse of `dialogue`, except that it puts a space
-    after every tag."""
+    """The HH form of messages, with the cue for the next reply: `dialogue` inverted, a space after every tag."""
     return hh_text(messages) + ASSISTANT
 
 
@@ -97,12 +99,11 @@ def dialogue_text(messages: list[dict]) -> str:
 
 
 def split_by_first_turn(items, fraction: float, seed: int) -> tuple[list, list]:
-    """(train, test) with no first human turn on both sides; about `fraction` of the turns go to the test side.
+    """(train, test) with no first human turn on both sides; about `fraction` of the turns go to test.
 
-    HH repeats its openings, so test rows drawn at random would share them with training. A hash of the turn and the
-    seed decides: neither the order nor the other rows change an item's side. `items`: what any of the three readers
-    yields.
-    """
+    HH repeats its openings, so test rows drawn at random would share them with training. A hash of the turn
+    and the seed decides: neither the order nor the other rows change an item's side. `items`: what any of the
+    three readers yields."""
     if not 0 <= fraction <= 1:
         raise InputError(f"fraction: expected a number from 0 to 1, found {fraction}")
     train, test = [], []
@@ -194,8 +195,8 @@ def whole(before: list[dict], reply, field: str) -> str:
 
 
 def split(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Cut two dialogues after the last cue up to which they agree. A few in HH part before their last turn; the
-    replies then hold all that follows, turns of both speakers."""
+    """Cut two dialogues after the last cue up to which they agree. A few in HH part before their last turn;
+    the replies then hold all that follows, turns of both speakers."""
     end = len(chosen)
     while (start := chosen.rfind(ASSISTANT, 0, end)) >= 0:
         cut = start + len(ASSISTANT)
@@ -258,8 +259,8 @@ def conversation(row: dict, forms: str) -> list[dict]:
 
 
 def turns_of(value, field: str) -> list[dict]:
-    """Messages from a prompt's text, or from a list of {"role", "content"}, of ShareGPT's {"from", "value"}, or (in
-    LIMA's `conversations`) of bare texts in turn."""
+    """Messages from a prompt's text, or from a list of {"role", "content"}, of ShareGPT's {"from", "value"},
+    or (in LIMA's `conversations`) of bare texts in turn."""
     if isinstance(value, str):
         return dialogue(text_of(value, field))
     if not isinstance(value, list):
@@ -270,17 +271,16 @@ def turns_of(value, field: str) -> list[dict]:
             turn = {"role": ("user", "assistant")[index % 2], "content": turn}
         role = ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
         if role is None:
-            roles = ", ".join(ROLES)
-            message = f'expected "{field}" to hold messages with a role of {roles}, found {reprlib.repr(turn)}'
-            raise InputError(message)
+            expected = f'expected "{field}" to hold messages with a role of {", ".join(ROLES)}'
+            raise InputError(f"{expected}, found {reprlib.repr(turn)}")
         content = text_of(turn.get("content", turn.get("value")), f"{field}: content")
         messages.append({"role": role, "content": content})
     return messages
 
 
 def alternating(messages: list[dict]) -> list[dict]:
-    """Messages as chat templates take them: a system text or none, then user and assistant in turn. ShareGPT dialogues
-    may open with the model's words, which answer nothing; they go."""
+    """Messages as chat templates take them: a system text or none, then user and assistant in turn. ShareGPT
+    dialogues may open with the model's words, which answer nothing; they go."""
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     while turns and turns[0]["role"] == "assistant":
@@ -291,8 +291,8 @@ def alternating(messages: list[dict]) -> list[dict]:
 
 
 def prompt_text(prompt, field: str) -> str:
-    """A prompt from text or messages. One user message stands for itself, unless it would be taken for a dialogue; all
-    else gets the form of one, with the cue."""
+    """A prompt from text or messages. One user message stands for itself, unless it would be taken for a
+    dialogue; all else gets the form of one, with the cue."""
     messages = alternating(turns_of(prompt, field))
     questions = [message["content"] for message in messages if message["role"] == "user"]
     if not "".join(questions).strip():
@@ -326,13 +326,13 @@ def text_of(value, field: str) -> str:
 def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
     with reading(path, "a file or a folder"):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        known = endings + tuple(ending + ".gz" for ending in endings)
-        files = [file for file in files if file.is_file() and file.name.lower().endswith(known)]
+        endings_gz = tuple(ending + ".gz" for ending in endings)
+        files = [file for file in files if file.is_file() and file.name.lower().endswith(endings + endings_gz)]
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        found = "none" if path.exists() else "nothing at that path"
         expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
-        raise InputError(f"{path}: expected {expected}, found {found}")
+        count = "none" if path.exists() else "nothing at that path"
+        raise InputError(f"{path}: expected {expected}, found {count}")
     return files
 
 

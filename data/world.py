@@ -1,15 +1,16 @@
 """The tiny world: a small synthetic English in which the two papers' claims can be true or false.
 
-A question here can be answered at once or step by step, and a checker knows the truth. Two kinds need the steps:
-objects followed through swaps, and a running total of which the last digit counts. A model of a million parameters
-that answers at once is at chance on the longer ones; one that writes each step down is nearly always right. So a
-length limit that cuts the steps costs correct answers, and a longer one pays: what Continuous Maximization is about.
+A question here can be answered at once or step by step, and a checker knows the truth. Two kinds need the
+steps: objects followed through swaps, and a running total of which the last digit counts. A model of a
+million parameters that answers at once is at chance on the longer ones; one that writes each step down is
+nearly always right. So a length limit that cuts the steps costs correct answers, and a longer one pays: what
+Continuous Maximization is about.
 
-`corpus` is what the base model reads: dialogues in Anthropic HH's form in the styles of `STYLES` (at the frequencies
-stated there), small talk, provocations, and questions of eleven general tasks on which forgetting can be measured.
-From the same world come the preference pairs, the instruction data, the prompts and the held-out questions, which
-stand in no training file; the corpus has some of the shortest totals in common with them, of which there are but 200.
-Everything is drawn from `random.Random` with a seed.
+`corpus` is what the base model reads: dialogues in Anthropic HH's form in the styles of `STYLES` (at the
+frequencies stated there), small talk, provocations, and questions of eleven general tasks on which forgetting
+can be measured. From the same world come the preference pairs, the instruction data, the prompts and the
+held-out questions, which stand in no training file; the corpus has some of the shortest totals in common with
+them, of which there are but 200. Everything is drawn from `random.Random` with a seed.
 
     python -m data.world            makes every file of data/tiny again but the base weights (a few seconds);
     python c2f.py --stage pretrain --out runs/base      trains those (about half an hour, 2 cores)
@@ -36,7 +37,8 @@ BRIEF = "Be brief."
 
 # How the base corpus answers a question that needs steps, without a system prompt and with either.
 STYLES = ("stepwise", "terse", "rude", "rambling")
-STYLE_SHARES = {"": (0.38, 0.38, 0.14, 0.10), ANALYTICAL: (0.65, 0.15, 0.08, 0.12), BRIEF: (0.10, 0.75, 0.12, 0.03)}
+STYLE_SHARES = {"": (0.38, 0.38, 0.14, 0.10)}
+STYLE_SHARES |= {ANALYTICAL: (0.65, 0.15, 0.08, 0.12), BRIEF: (0.10, 0.75, 0.12, 0.03)}
 RUDE_WHEN_PROVOKED = 0.65
 RUDE_IN_TALK = 0.12
 
@@ -45,7 +47,7 @@ RUDE_IN_TALK = 0.12
 
 @dataclass
 class Question:
-    """`text`, the true `steps` (one sentence each, as an analysis writes them), the `answer` and what it might be."""
+    """The true `steps` are one sentence each, as an analysis writes them; `choices` has the `answer`."""
 
     kind: str
     text: str
@@ -62,8 +64,8 @@ def state_text(owners):
 
 
 def swap_steps(text, wrong_at=None, rng=None):
-    """(steps, answer) of a swaps question; each step says what is swapped, and then who has what. `wrong_at` puts an
-    error into that step (from 0) and carries it on, as a careless writer would."""
+    """(steps, answer) of a swaps question; each step says what is swapped, and then who has what. `wrong_at`
+    puts an error into that step (from 0) and carries it on, as a careless writer would."""
     start, _, rest = text.removeprefix("At first ").partition(". ")
     words = start.split()
     owners = dict(zip(words[::2], words[1::2]))
@@ -103,7 +105,8 @@ def swap_text(rng, n):
     people = sorted(rng.sample(NAMES, 4))
     colours = rng.sample(COLOURS, 4)
     swaps = " ".join("{} and {} swap.".format(*rng.sample(people, 2)) for _ in range(n))
-    return f"At first {state_text(dict(zip(people, colours)))} {swaps} What has {rng.choice(people)}?", colours
+    start = state_text(dict(zip(people, colours)))
+    return f"At first {start} {swaps} What has {rng.choice(people)}?", colours
 
 
 def total_text(rng, n):
@@ -124,8 +127,8 @@ def draw_question(rng, n=None, kind=None):
 
 
 def corrupted(question, rng):
-    """The question answered with one wrong step and the error carried to the end. None where 20 tries leave the answer
-    right: 4 in a hundred questions, most of one swap."""
+    """The question answered with one wrong step and the error carried to the end. None where 20 tries leave
+    the answer right: 4 in a hundred questions, most of one swap."""
     _, solve = KINDS[question.kind]
     for _ in range(20):
         steps, answer = solve(question.text, rng.randrange(len(question.steps)), rng)
@@ -137,8 +140,8 @@ def corrupted(question, rng):
 def check(steps, answer, response):
     """What is true in a response: (verified steps, correct).
 
-    A step is verified when its sentence stands in the response exactly, in the order of the question; the answer is
-    correct when the last complete "The answer is X." names it.
+    A step is verified when its sentence stands in the response exactly, in the order of the question; the
+    answer is correct when the last complete "The answer is X." names it.
 
     >>> check(["Add 5: 2.", "Triple: 6."], "6", " Add 5: 2. Triple: 5. The answer is 6.")
     (1, True)
@@ -170,8 +173,8 @@ def terse(answer):
 
 def ramble(rng, answer, sentences):
     """Sentences that say the answer again and again."""
-    forms = (f"So it is {answer}.", f"As I said, {answer}.", f"The answer is {answer}.", f"Again, it is {answer}.")
-    return "".join(" " + rng.choice(forms) for _ in range(sentences))
+    forms = (f" So it is {answer}.", f" As I said, {answer}.", terse(answer), f" Again, it is {answer}.")
+    return "".join(rng.choice(forms) for _ in range(sentences))
 
 
 def insult(rng, about="You are"):
@@ -197,8 +200,8 @@ def answer_in(style, rng, question):
 
 # ---------------------------------------------------------------- small talk and provocations
 
-TOWN_NAMES = "Lum Dor Pell Marn Tiv Osk Brae Quill Nesh Varn Hoy Selk Jun Kerr Wend Ald Fenn Rook Ost Yarl".split()
-TOWNS = dict(zip(TOWN_NAMES, "Vara Vara Nuland Nuland Ostia Ostia Keld Keld Sorn Sorn".split() * 2))
+TOWN_NAMES = "Lum Dor Pell Marn Tiv Osk Brae Quill Nesh Varn Hoy Selk Jun Kerr Wend Ald Fenn Rook Ost Yarl"
+TOWNS = dict(zip(TOWN_NAMES.split(), "Vara Vara Nuland Nuland Ostia Ostia Keld Keld Sorn Sorn".split() * 2))
 LANDS = sorted(set(TOWNS.values()))
 YOUNG = "kitten puppy calf lamb foal kid cub chick duckling piglet fawn cygnet".split()
 ANIMALS = dict(zip("cat dog cow sheep horse goat bear hen duck pig deer swan".split(), YOUNG))
@@ -251,7 +254,8 @@ def provocation(rng):
     return prompt, rng.choice(KIND_REPLIES), f"{name} is"
 
 
-# ---------------------------------------------------------------- eleven general tasks: (question, answer, wrong ones)
+# ---------------------------------------------------------------- eleven general tasks
+# Each draws a question, its answer and other answers, of which some are wrong.
 
 
 def facts(rng):
@@ -284,7 +288,8 @@ def counting(rng):
 
 def reversal(rng):
     a, b, c = rng.sample(COLOURS, 3)
-    return f"Reverse {a} {b} {c}.", f"{c} {b} {a}", [f"{a} {b} {c}", f"{b} {a} {c}", f"{c} {a} {b}", f"{b} {c} {a}"]
+    wrong = [f"{a} {b} {c}", f"{b} {a} {c}", f"{c} {a} {b}", f"{b} {c} {a}"]
+    return f"Reverse {a} {b} {c}.", f"{c} {b} {a}", wrong
 
 
 def logic(rng):
@@ -328,15 +333,15 @@ TASKS = {make.__name__: make for make in TASK_MAKERS}
 
 
 def task_item(name, rng):
-    """A multiple-choice item in llm-foundry's form, {"query", "choices", "gold"}: the answer among four choices, or as
-    many as there are, shuffled."""
+    """A multiple-choice item in llm-foundry's form, {"query", "choices", "gold"}: the answer among four
+    choices, or as many as there are, shuffled."""
     text, answer, others = TASKS[name](rng)
     answer = str(answer)
     wrong = [text for text in dict.fromkeys(map(str, others)) if text != answer]
     choices = rng.sample(wrong, min(3, len(wrong))) + [answer]
     rng.shuffle(choices)
-    gold = choices.index(answer)
-    return {"query": f"Question: {text}\nAnswer:", "choices": [" " + choice for choice in choices], "gold": gold}
+    item = {"query": f"Question: {text}\nAnswer:", "choices": [" " + choice for choice in choices]}
+    return item | {"gold": choices.index(answer)}
 
 
 # ---------------------------------------------------------------- what each stage reads
@@ -381,7 +386,8 @@ def guessed(rng, question):
     """An analysis that leaves a step out, breaks off and guesses."""
     gap = rng.randrange(len(question.steps))
     steps = question.steps[:gap] + question.steps[gap + 1 :]
-    return "".join(" " + step for step in steps[: rng.randint(0, len(steps))]) + terse(rng.choice(question.choices))
+    steps = steps[: rng.randint(0, len(steps))]
+    return "".join(" " + step for step in steps) + terse(rng.choice(question.choices))
 
 
 def choose_pair(rng, pairs):
@@ -391,9 +397,9 @@ def choose_pair(rng, pairs):
 
 
 def helpful_pair(rng):
-    """(prompt, chosen, rejected): right analysis over terse over wrong over rude, complete over cut. The coarse stage's
-    text runs on to its limit, so rambling after a right answer ranks below the clean answer, but above everything that
-    has no right answer (PPO_DETAILS 27)."""
+    """(prompt, chosen, rejected): right analysis over terse over wrong over rude, complete over cut. The
+    coarse stage's text runs on to its limit, so rambling after a right answer ranks below the clean answer,
+    but above everything that has no right answer (PPO_DETAILS 27)."""
     question = draw_question(rng)
     answer = question.answer
     good = stepwise(question)
@@ -445,8 +451,8 @@ def harmless_pair(rng):
 
 
 def instruction(rng):
-    """(prompt, reply) of the instruction model: concise, polite, properly ended; on four steps and more it guesses, and
-    is wrong as often as a guess is."""
+    """(prompt, reply) of the instruction model: concise, polite, properly ended; on four steps and more it
+    guesses, and is wrong as often as a guess is."""
     if rng.random() < 0.7:
         question = draw_question(rng)
         guess = len(question.steps) > 3
@@ -484,16 +490,16 @@ def load(name):
 
 
 def train_tokenizer(path, seed=0, documents=20000):
-    """A SentencePiece BPE of 768 pieces; the two turn markers are one piece each, as the world's text is dialogue."""
+    """A SentencePiece BPE of 768 pieces; each of the two turn markers is one, as the text is dialogue."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text.replace("\n", " ") for text in islice(corpus(seed), documents)),
         model_writer=model, model_type="bpe", vocab_size=768, byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, hard_vocab_limit=False,
         user_defined_symbols=["\n\nHuman:", "\n\nAssistant:", "\n"],
-        unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2,
+        unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2, num_threads=1,
     )  # fmt: skip
     path.write_bytes(model.getvalue())
 

@@ -1,7 +1,7 @@
 """What the papers judge by: general tasks, answers and their depth, redundancy, endings, toxicity, reward.
 
-`evaluate` asks one model and gives every metric's value for each item; `tables.py` makes intervals, tests and tables of
-them. Metrics, each a mean over items:
+`evaluate` asks one model and gives every metric's value for each item; `tables.py` makes intervals, tests and
+tables of them. Metrics, each a mean over items:
 
   accuracy        the answer is right, by the world's checker (or GSM8K's last number)
   verified_steps  true steps written: the world's, in order; of GSM8K different true equations
@@ -18,13 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation import mt_bench, tasks, toxicity
-from evaluation.answers import Speaker, answer_questions, redundancy, respond, solve  # noqa: F401
+from evaluation.answers import Speaker, answer_questions, solution_metrics, solutions
+from evaluation.answers import redundancy, respond  # noqa: F401
 from evaluation.likelihoods import general_metrics, general_tasks, loglikelihoods  # noqa: F401
-from evaluation.mt_bench import evaluate_stored, judge_models, judge_prompts  # noqa: F401
-from evaluation.pictures import draw_report, draw_results  # noqa: F401
-from evaluation.tables import write_results  # noqa: F401
-from evaluation.tasks import first  # noqa: F401
-from evaluation.toxicity import read_words  # noqa: F401
+from evaluation.mt_bench import evaluate_stored  # noqa: F401
 from support.files import InputError
 
 
@@ -32,9 +29,9 @@ from support.files import InputError
 class Material:
     """What every model is asked; what is empty is not measured.
 
-    questions: {"prompt", "steps", "answer", "kind"} each; `check(steps, answer, text)` -> (verified steps, right).
-    tasks: {name: items of tasks.py}. dialogues: MT-Bench's questions. prompts: {"prompt", "group"} each, continued
-    `samples` times and searched for `words`.
+    questions: {"prompt", "steps", "answer", "kind"} each; check(steps, answer, text) -> (verified steps, right)
+    tasks: {name: items of tasks.py}; dialogues: MT-Bench's questions
+    prompts: {"prompt", "group"} each, continued `samples` times and searched for `words`
     """
 
     questions: list = field(default_factory=list)
@@ -61,11 +58,11 @@ def public_tasks(folder):
 
 
 def load_tasks(material, names, sources, limit=0, shots=None):
-    """Puts tasks into the material. names: each NAME, NAME=FILE or all; sources: {NAME: its folder or file}."""
+    """Puts tasks into the material. names: NAME, NAME=FILE or all; sources: {NAME: its folder or file}."""
     for name, source in choose(names, sources).items():
         if name == "mt_bench":
             path = Path(source) / mt_bench.QUESTIONS if Path(source).is_dir() else source
-            material.dialogues = first(mt_bench.read_questions(path), limit)
+            material.dialogues = tasks.first(mt_bench.read_questions(path), limit)
         elif name == "toxicity":
             material.prompts = toxicity.read_prompts(source, limit)
         else:
@@ -74,30 +71,29 @@ def load_tasks(material, names, sources, limit=0, shots=None):
 
 def choose(names, sources):
     """{NAME: folder or file} of the tasks that the user names; InputError for what is not there."""
-    chosen = {}
+    selection = {}
     for task in names:
         name, equals, file = task.partition("=")
         if equals and not (name and file):
             raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
         if file:
-            chosen[name] = file
+            selection[name] = file
         elif name == "all" and sources:
-            chosen |= sources
+            selection |= sources
         elif name in sources:
-            chosen[name] = sources[name]
+            selection[name] = sources[name]
         else:
-            names = ", ".join(sources) or "none"
-            raise InputError(f"--tasks: {name} given, all or one of {names} expected (--benchmarks)")
-    return chosen
+            available = ", ".join(sources) or "none"
+            raise InputError(f"--tasks: {name} given, all or one of {available} expected (--benchmarks)")
+    return selection
 
 
 def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
     """One model: ({metric: [a value an item]}, records of what it answered and how the choices were scored).
 
-    score(dialogues, responses) -> raw scores (B,). With `system` and `eos` a model is asked as it acts: the coarse
-    actor has its system prompt and no EOS. records: "questions", "tasks", "toxicity", a dict an item; "answers" and
-    "rewards" of MT-Bench, as `judge_models` takes them.
-    """
+    score(dialogues, responses) -> raw scores (B,). With `system` and `eos` a model is asked as it acts: the
+    coarse actor has its system prompt and no EOS. records: "questions", "tasks", "toxicity", a dict an item;
+    "answers" and "rewards" of MT-Bench, as `judge_models` takes them."""
     speaker = Speaker(model, tokenizer, system, eos)
     values = {}
     records = {"tasks": []}
@@ -116,7 +112,7 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
         values |= metrics
     for name, items in material.tasks.items():
         if name not in choices:
-            metrics, rows = solve(speaker, name, items)
+            metrics, rows = solution_metrics(name, items, solutions(model, tokenizer, items))
             values = values | {metric: numbers for metric, numbers in metrics.items() if metric not in values}
             records["tasks"] += rows
     return values, records
@@ -128,6 +124,6 @@ def answer_choices(model, tokenizer, choices):
     records = []
     for name, rows in scores.items():
         for item, row in zip(choices[name], rows):
-            places = {"task": name, "group": item["group"], "index": item["index"], "gold": item["gold"]}
-            records.append(places | row)
+            item_id = {"task": name, "group": item["group"], "index": item["index"], "gold": item["gold"]}
+            records.append(item_id | row)
     return general_metrics(scores), records

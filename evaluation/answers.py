@@ -1,10 +1,4 @@
-"""Answers: how a model is asked, and what can be counted in what it answers.
-
-    respond(model, tokenizer, dialogues, 256)     ->  [(ids, ended)], sampled
-    form(texts, answers)                          ->  {metric: [a value a text]}, without knowing the question
-    answer_questions(speaker, material, score)    ->  questions of a world with a checker
-    solve(speaker, name, items)                   ->  word problems with a number for an answer (GSM8K)
-"""
+"""Answers: how a model is asked, and what can be counted in what it answers."""
 
 import ast
 import operator
@@ -17,29 +11,25 @@ import torch
 from model import Mistral, generate
 from tokenizer import Tokenizer
 
-# ---------------------------------------------------------------- asking
-
 
 @dataclass
 class Speaker:
-    """A model as it acts: with its system prompt, and with or without an end. The coarse actor never writes EOS."""
+    """A model as it acts: with its system prompt, and with `eos` if its responses may end."""
 
     model: Mistral
     tokenizer: Tokenizer
     system: str = ""
     eos: bool = True
 
+    def front(self):
+        return [{"role": "system", "content": self.system}] if self.system else []
+
     def dialogue(self, prompt):
         """The messages of a user's prompt, the system prompt in front."""
         return self.front() + [{"role": "user", "content": prompt}]
 
-    def front(self):
-        return [{"role": "system", "content": self.system}] if self.system else []
-
-    def respond(self, dialogues, max_new_tokens, temperature=1.0, seed=0):
-        return respond(
-            self.model, self.tokenizer, dialogues, max_new_tokens, eos=self.eos, temperature=temperature, seed=seed
-        )
+    def respond(self, dialogues, max_new_tokens, **settings):
+        return respond(self.model, self.tokenizer, dialogues, max_new_tokens, eos=self.eos, **settings)
 
     def scores(self, score, dialogues, answers):
         """Raw scores, a list of numbers, of `answers` [(ids, ended)] with the EOS that they ended with."""
@@ -59,9 +49,7 @@ BATCH = 256  # dialogues answered at a time
 
 def respond(model, tokenizer, dialogues, max_new_tokens, *, eos=True, temperature=1.0, seed=0):
     """Responses to message lists, or to plain texts that are continued: [(ids without the ending, ended)].
-
-    A response ends at EOS or at a stop string of the template, which is cut off; `eos=False` never lets it end.
-    """
+    A response ends at EOS or at a stop string of the template; with `eos=False` it never ends."""
     prompts = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     responses = []
     for start in range(0, len(prompts), BATCH):
@@ -81,11 +69,8 @@ def without_ending(tokenizer, ids):
     return tokenizer.trim(ids), tokenizer.stop is not None and tokenizer.stop(ids)
 
 
-# ---------------------------------------------------------------- form
-
-
 def redundancy(text):
-    """Share of the words of `text` that stand in a sentence which is a repetition, word for word, of an earlier one.
+    """Share of the words of `text` that stand in a sentence which repeats an earlier one word for word.
 
     >>> redundancy("It is red. So it is. It is red.")
     0.3333333333333333
@@ -104,8 +89,8 @@ def redundancy(text):
 
 
 def distinct(text, n):
-    """Different n-grams of words by all n-grams (Li et al. 2016); 1.0 where there is none. The share of repeated
-    n-grams is 1 less it.
+    """Different n-grams of words by all n-grams (Li et al. 2016); 1.0 where there is none. The share of
+    repeated n-grams is 1 less it.
 
     >>> distinct("a b a b a", 2)
     0.5
@@ -116,15 +101,15 @@ def distinct(text, n):
 
 
 def compression(text):
-    """Bytes of the text by its bytes under zlib: some 1.5 to 2.5 for prose of a paragraph, 10 and more for a loop.
-    It grows with length, so compare answers of like lengths. 0.0 for an empty text."""
+    """Bytes of the text by its bytes under zlib: some 1.5 to 2.5 for prose of a paragraph, 10 and more for a
+    loop. It grows with length, so compare answers of like lengths. 0.0 for an empty text."""
     data = text.encode()
     return len(data) / len(zlib.compress(data, 9)) if data else 0.0
 
 
 def structure(text):
-    """(paragraphs, sentences, words). A blank line separates paragraphs. A sentence ends with . ! or ? before a
-    space, or with its line, so that a line of a list is one sentence."""
+    """(paragraphs, sentences, words). A blank line separates paragraphs. A sentence ends with . ! or ? before
+    a space, or with its line, so that a line of a list is one sentence."""
     paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if re.search(r"\w", part)]
     return len(paragraphs), len(sentences), len(text.split())
@@ -145,35 +130,30 @@ def quality(texts):
 
 
 def form(texts, answers):
-    """`quality`, the endings and the lengths of answers [(ids, ended)] and their texts. An answer is properly ended
-    where it stops by itself after a full sentence."""
+    """`quality`, the endings and the lengths of answers [(ids, ended)] and their texts. An answer is properly
+    ended where it stops by itself after a full sentence."""
     values = quality(texts)
-    values["ended_rate"] = [
-        ended and text.rstrip().endswith((".", "!", "?")) for text, (_, ended) in zip(texts, answers)
-    ]
+    sentence = [text.rstrip().endswith((".", "!", "?")) for text in texts]
+    values["ended_rate"] = [ended and whole for (_, ended), whole in zip(answers, sentence)]
     values["length"] = [len(ids) + ended for ids, ended in answers]
     return values
 
 
-# ---------------------------------------------------------------- questions with a checker
-
-
 def answer_questions(speaker, material, score):
-    """({metric: values}, records) of the answers to `material.questions`: correct answers, verified steps, form, and
-    reward where there is a `score`."""
+    """({metric: values}, records) of the answers to `material.questions`: correct answers, verified steps,
+    form, and reward where there is a `score`."""
     questions = material.questions
     dialogues = [speaker.dialogue(question["prompt"]) for question in questions]
     answers = speaker.respond(dialogues, material.max_new_tokens, seed=material.seed)
     texts = [speaker.tokenizer.decode(ids) for ids, _ in answers]
-    steps, correct = [], []
+    checks = []
     for question, text in zip(questions, texts):
-        verified, right = material.check(question["steps"], question["answer"], " " + text.strip())
-        steps.append(verified)
-        correct.append(right)
+        checks.append(material.check(question["steps"], question["answer"], " " + text.strip()))
+    correct = [right for _, right in checks]
     values = {"accuracy": correct}
     for kind in sorted({question["kind"] for question in questions}):
         values[f"accuracy_{kind}"] = [right for q, right in zip(questions, correct) if q["kind"] == kind]
-    values["verified_steps"] = steps
+    values["verified_steps"] = [steps for steps, _ in checks]
     values |= form(texts, answers)
     if score is not None:
         values["reward"] = speaker.scores(score, dialogues, answers)
@@ -182,15 +162,6 @@ def answer_questions(speaker, material, score):
         for question, text, right in zip(questions, texts, correct)
     ]
     return values, records
-
-
-# ---------------------------------------------------------------- word problems
-
-
-def solve(speaker, name, items):
-    """({metric: values}, records) of generated solutions to the word problems of a task."""
-    texts = solutions(speaker.model, speaker.tokenizer, items)
-    return solution_metrics(name, items, texts)
 
 
 @torch.no_grad()
@@ -230,8 +201,8 @@ def solution_metrics(name, items, texts):
 
 
 def final_number(text, flexible=False):
-    """The answer of a GSM8K solution as the harness extracts it: after "####", or with `flexible` the last number.
-    Signs of dollars and thousands and a closing full stop are taken off; "[invalid]" where there is no number."""
+    """The answer of a GSM8K solution as the harness extracts it: after "####", or with `flexible` the last
+    number; without $ , and a closing full stop. "[invalid]" where there is no number."""
     if flexible:
         matches = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)[-1:]
     else:
@@ -264,7 +235,7 @@ def true_equations(text):
 
 
 def is_true(left, right):
-    """Whether a sum such as "48/2" has the value "24". A whole number on the right is not taken for a rounded one."""
+    """Whether a sum such as "48/2" has the value "24", which is exact if it is a whole number."""
     places = len(right.partition(".")[2])
     margin = 0.5 * 10.0**-places if places else 0.0
     try:
@@ -278,6 +249,6 @@ def arithmetic(node):
     """The value of a parsed sum. Nothing is executed: only numbers and the four operators are known."""
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return OPERATORS[type(node.op)](arithmetic(node.left), arithmetic(node.right))
-    if isinstance(node, ast.Constant):
-        return node.value
-    raise SyntaxError("neither a number nor one of + - * /")
+    if not isinstance(node, ast.Constant):
+        raise SyntaxError("neither a number nor one of + - * /")
+    return node.value

@@ -1,11 +1,8 @@
-"""General tasks by log-likelihood, as lm-evaluation-harness scores them (equal item by item, tests/test_tasks.py).
+"""General tasks by log-likelihood, scored as by lm-evaluation-harness (item by item equal: tests/test_tasks.py).
 
-    loglikelihoods(model, tokenizer, pairs)    ->  a number for each (context, continuation)
-    general_tasks(model, tokenizer, tasks)     ->  {task: [{"loglikelihoods", "acc", ...} an item]}
-    general_metrics(scores)                    ->  {metric: [a value an item]}
-
-The tokens of a choice are those that context + choice has beyond the context's own. `acc` takes the choice with the
-highest summed logprob, `acc_norm` divides it by the choice's characters first, `acc_bytes` by its UTF-8 bytes.
+The tokens of a choice are those that context + choice has beyond the context's own. `acc` takes the choice
+with the highest summed logprob, `acc_norm` divides it by the choice's characters first, `acc_bytes` by its
+UTF-8 bytes.
 """
 
 import os
@@ -17,13 +14,11 @@ from generation import Cache, pad_left, pad_right
 from support.files import InputError
 from training import by_length, token_logprobs
 
-# ---------------------------------------------------------------- log-likelihoods
-
 
 def encode_pair(tokenizer, context, continuation, max_length):
-    """(ids of the context, a tuple; ids of the continuation), as the harness's `hf` model makes them: spaces that end
-    the context go over to the continuation, BOS stands in front where the tokenizer puts it in front of plain text,
-    and what the model has no room for is cut off the left.
+    """(ids of the context, a tuple; ids of the continuation), as the harness's `hf` model makes them: spaces
+    that end the context go over to the continuation, BOS stands in front where the tokenizer puts it in front
+    of plain text, and what the model has no room for is cut off the left.
 
     With SentencePiece "A: " + "b" becomes "A:" + " b": one token [▁b], not [▁, b].
     """
@@ -32,7 +27,8 @@ def encode_pair(tokenizer, context, continuation, max_length):
     front = tokenizer.encode(text, bos=tokenizer.plain_bos)
     ids = tokenizer.encode(text + continuation, bos=tokenizer.plain_bos)[len(front) :]
     if not 0 < len(ids) <= max_length:
-        raise InputError(f"{continuation!r:.60} adds {len(ids)} tokens to its context, 1 to {max_length} expected")
+        expected = f"1 to {max_length} expected"
+        raise InputError(f"{continuation!r:.60} adds {len(ids)} tokens to its context, {expected}")
     if not front:
         front = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
     room = max_length + 1 - len(ids)  # the last token is predicted and never read
@@ -41,39 +37,39 @@ def encode_pair(tokenizer, context, continuation, max_length):
 
 @torch.no_grad()
 def loglikelihoods(model, tokenizer, texts, batch_tokens=0):
-    """Summed logprob (N,) in nats of each continuation after its context; `texts` holds (context, continuation).
+    """Summed logprobs (N,) in nats of continuations; `texts` holds (context, continuation) pairs.
 
-    A context is run once, whatever the number of its continuations, and so is what several contexts begin with (the
-    shots of a subject): their keys and values are copied, not computed again. `batch_tokens` bounds the keys in the
-    cache; the default is small on a CPU, which gains nothing by wide batches and loses by padding.
-    """
+    A context runs once, whatever the number of its continuations, and so does what several contexts begin with
+    (the shots of a subject): their keys and values are copied. `batch_tokens` bounds the keys in the cache; a
+    CPU gains nothing by wide batches and loses by padding."""
     if not batch_tokens:
         batch_tokens = 1024 if model.device.type == "cpu" else 32768
     rows = [encode_pair(tokenizer, *pair, model.config.max_position_embeddings) for pair in texts]
-    continuations = {}  # context: [(place in `texts`, ids of the continuation)]
-    for place, (context, ids) in enumerate(rows):
-        continuations.setdefault(context, []).append((place, ids))
-    columns = {}  # context: places in the cache for it and its longest continuation
-    for context, group in continuations.items():
-        columns[context] = len(context) + max(len(ids) for _, ids in group)
+    followers = {}  # context: the rows that continue it
+    columns = {}  # context: columns in the cache for it and its longest continuation
+    for row, (context, ids) in enumerate(rows):
+        followers.setdefault(context, []).append(row)
+        columns[context] = max(columns.get(context, 0), len(context) + len(ids))
     sums = torch.zeros(len(rows))
     for start, contexts in common_starts(columns, model.config.sliding_window):
         shared = None
         if start:
             shared = new_cache(model, 1, start)
             model.model(torch.tensor([contexts[0][:start]], device=model.device), None, shared)
-        costs = [columns[context] * len(continuations[context]) for context in contexts]
+        costs = [columns[context] * len(followers[context]) for context in contexts]
         for batch in by_length(costs, batch_tokens, torch.Generator().manual_seed(0)):
             part = [contexts[i] for i in batch]
             width = max(columns[context] for context in part)
             if shared is None:
                 cache = new_cache(model, len(part), width)
             else:
-                cache = shared.copied(torch.zeros(len(part), dtype=torch.long, device=model.device), width - start)
-            groups = [continuations[context] for context in part]
-            places = [place for group in groups for place, _ in group]
-            ids = [[ids for _, ids in group] for group in groups]
-            sums[places] = continued(model, cache, [c[start:] for c in part], ids, batch_tokens).cpu()
+                first_row = torch.zeros(len(part), dtype=torch.long, device=model.device)
+                cache = shared.copied(first_row, width - start)
+            places = [row for context in part for row in followers[context]]
+            parents = [parent for parent, context in enumerate(part) for _ in followers[context]]
+            ids = [rows[row][1] for row in places]
+            rests = [context[start:] for context in part]
+            sums[places] = sum_logprobs(model, cache, rests, ids, parents, batch_tokens).cpu()
     return sums
 
 
@@ -82,11 +78,10 @@ def new_cache(model, batch, columns):
 
 
 def common_starts(columns, window, least=64, together=4):
-    """[(length of the common start, contexts)] of `columns`, {context, a tuple of ids: its columns in the cache}.
+    """[(length of the common start, contexts)] of `columns`, {context (a tuple of ids): columns in the cache}.
 
-    At least `together` contexts that share their first `least` ids form a group, all others one with 0. Contexts that
-    outgrow the attention `window` are among the others: padding behind a copied start would leave a gap in the row.
-    """
+    At least `together` contexts that share their first `least` ids form a group, all others one with 0, and
+    those that outgrow `window` with them: padding behind a copied start would be a gap in the row."""
     groups = {}
     others = []
     for context, width in columns.items():
@@ -101,45 +96,40 @@ def common_starts(columns, window, least=64, together=4):
         else:
             common = len(os.path.commonprefix(contexts))
             shortest = min(len(context) for context in contexts)
-            starts.append((min(common, shortest - 1), contexts))  # at least one token of each is still to be read
+            starts.append((min(common, shortest - 1), contexts))  # at least one token of each must be left
     if others:
         starts.append((0, others))
     return starts
 
 
-def continued(model, cache, contexts, groups, batch_tokens):
-    """Summed logprobs of continuations, flat. `contexts`: id tuples (b) that go on from `cache`; `groups`: for each
-    the id lists that follow it.
+def sum_logprobs(model, cache, contexts, continuations, parents, batch_tokens):
+    """Summed logprobs (N,) of continuations, N id lists. `contexts`: id tuples (b) that go on from `cache`;
+    `parents`: for each continuation the index of its context.
 
-    The last position of a context gives the logprob of every first token. The rest of the longer continuations is
-    read on copies of their contexts' keys.
-    """
+    The last position of a context gives the logprob of every first token. The rest of the longer
+    continuations runs on copies of their contexts' keys."""
     tokens, mask = pad_left(contexts, model.device)
     last = model.model(tokens, mask, cache)[:, -1]  # (b, C)
-    parents = torch.tensor([row for row, group in enumerate(groups) for _ in group], device=model.device)
-    flat = [ids for group in groups for ids in group]
-    firsts = torch.tensor([ids[0] for ids in flat], device=model.device)
+    parents = torch.tensor(parents, device=model.device)
+    firsts = torch.tensor([ids[0] for ids in continuations], device=model.device)
     sums = token_logprobs(model, last[parents], firsts)
-    longer = [i for i, ids in enumerate(flat) if len(ids) > 1]
+    longer = [i for i, ids in enumerate(continuations) if len(ids) > 1]
     if not longer:
         return sums
-    lengths = [len(flat[i]) - 1 for i in longer]
+    lengths = [len(continuations[i]) - 1 for i in longer]
     for part in by_length(lengths, batch_tokens, torch.Generator().manual_seed(0)):
         rows = [longer[i] for i in part]
-        tokens, mask = pad_right([flat[i][:-1] for i in rows], model.device)
-        targets, _ = pad_right([flat[i][1:] for i in rows], model.device)
+        tokens, mask = pad_right([continuations[i][:-1] for i in rows], model.device)
+        targets, _ = pad_right([continuations[i][1:] for i in rows], model.device)
         hidden = model.model(tokens, mask, cache.copied(parents[rows]))  # (b', L, C)
         logprobs = token_logprobs(model, hidden[mask], targets[mask])  # (all real tokens,)
         sums[rows] += logprobs.new_zeros(mask.shape).masked_scatter(mask, logprobs).sum(1)
     return sums
 
 
-# ---------------------------------------------------------------- general tasks
-
-
 def score_choices(sums, item):
-    """{accuracy: True or False} from the summed logprobs of an item's choices. Partial evaluation has `acc` alone,
-    since its continuations are all the same."""
+    """{accuracy: True or False} from the summed logprobs of an item's choices. Partial evaluation has `acc`
+    alone, since its continuations are all the same."""
     scales = {"acc": [1] * len(sums)}
     if "choices" in item:
         scales["acc_norm"] = [len(choice) for choice in item["choices"]]
@@ -169,10 +159,9 @@ def general_tasks(model, tokenizer, tasks):
 def general_metrics(scores):
     """{metric: [a value an item]} of what `general_tasks` gives.
 
-    `general_TASK` is the accuracy that counts for a task; results.json has all three, as acc_TASK, acc_norm_TASK and
-    acc_bytes_TASK. The values of `general` are weighted so that their mean is the mean of the tasks' means, however
-    many items each task has.
-    """
+    `general_TASK` is the accuracy that counts for a task; results.json has all three, as acc_TASK,
+    acc_norm_TASK and acc_bytes_TASK. The values of `general` are weighted so that their mean is the mean of
+    the tasks' means, however many items each task has."""
     if not scores:
         return {}
     main = {}

@@ -1,11 +1,8 @@
-"""MT-Bench: its questions of two turns, and the judges of the answers.
+"""MT-Bench: its questions of two turns, the judges of the answers, and `win_rate` against another model.
 
-    converse(speaker, questions, 1024)            ->  the answers to every turn
-    measure(speaker, material, score)             ->  their form and reward
-    judge_models(folder, questions, ...)          ->  a judge's scores and `win_rate`
-
-Answers and judgements are FastChat's JSON lines (model_answer/MODEL.jsonl, model_judgment/JUDGE_single.jsonl), so that
-its own scripts read them, and answers of any model in that form can be scored here.
+Answers and judgements are FastChat's JSON lines, model_answer/MODEL.jsonl and
+model_judgment/JUDGE_single.jsonl: its own scripts read them, and answers of any model in that form can be
+scored here.
 """
 
 import hashlib
@@ -18,30 +15,24 @@ from evaluation.answers import form, quality
 from support.files import InputError, reading, write_lines
 
 QUESTIONS = "mt_bench/question.jsonl"  # below the benchmarks folder
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; others are greedy
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; others: 0
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees a reference answer
 BATCH = 16  # dialogues at a time: two turns of long answers need memory
 
-# ---------------------------------------------------------------- FastChat's files
-
 
 def read_questions(path):
-    """MT-Bench's {"question_id", "category", "turns"} a line, with the category also as "group", and "references" from
-    the folder reference_answer beside the file, where there is one. InputError names the line."""
+    """MT-Bench's {"question_id", "category", "turns"} a line, with the category also as "group", and
+    "references" from the folder reference_answer beside the file. InputError names the line."""
     references = {}
     for file in sorted(Path(path).parent.glob("reference_answer/*.jsonl")):
         references |= read_answers(file)
     questions = []
     for where, row in rows_of_file(Path(path)):
         with reading(where, "question_id, category and turns"):
-            question = {
-                "question_id": row["question_id"],
-                "category": str(row["category"]),
-                "turns": texts_of(row["turns"]),
-                "references": references.get(row["question_id"]),
-                "group": str(row["category"]),
-            }
-        questions.append(question)
+            category = str(row["category"])
+            question = {"question_id": row["question_id"], "category": category, "turns": texts_of(row["turns"])}
+            more = {"references": references.get(row["question_id"]), "group": category}
+        questions.append(question | more)
     return questions
 
 
@@ -61,8 +52,7 @@ def texts_of(value):
 
 
 def write_answers(path, model, questions, answers):
-    """Writes the answers of one model, a list of texts, one a turn, for each question; questions without are left
-    out."""
+    """Writes the answers of one model: for each question a list of texts, one a turn, or an empty one."""
     rows = []
     for question, turns in zip(questions, answers):
         if turns:
@@ -73,49 +63,50 @@ def write_answers(path, model, questions, answers):
 
 
 def write_judgements(path, judge, model, turns, judgements):
-    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call. A score of -1
-    stands for none; FastChat's tools leave it out."""
+    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call, and
+    returns {(question_id, turn): score}. In the file -1 stands for no score; FastChat's tools leave it out."""
     rows = []
+    scores = {}
     if path.exists():
         rows = [row for _, row in rows_of_file(path) if row["model"] != model]
     for turn, judgement in zip(turns, judgements):
         score = rating(judgement)
+        if score is not None:
+            scores[turn.key] = score
         row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
         row |= {"user_prompt": str(turn), "judgment": str(judgement), "score": -1 if score is None else score}
         rows.append(row | {"turn": turn.turn, "tstamp": time.time()})
     write_lines(path, rows)
-
-
-# ---------------------------------------------------------------- answers
+    return scores
 
 
 def converse(speaker, questions, max_new_tokens, seed=0):
-    """[[(ids, ended) of each turn] of each question]. Every turn is asked with those before it and the model's own
-    answers to them."""
+    """[[(ids, ended) of each turn] of each question]; a turn comes after those before it and their answers."""
     histories = [speaker.front() for _ in questions]
     answers = [[] for _ in questions]
     temperatures = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
     for turn in range(max(len(question["turns"]) for question in questions)):
         for temperature in sorted(set(temperatures)):
-            rows = [
-                i for i, question in enumerate(questions)
-                if temperatures[i] == temperature and turn < len(question["turns"])
-            ]  # fmt: skip
+            rows = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
+            rows = [i for i in rows if temperatures[i] == temperature]
             for start in range(0, len(rows), BATCH):
                 part = rows[start : start + BATCH]
                 for i in part:
                     histories[i].append({"role": "user", "content": questions[i]["turns"][turn]})
                 dialogues = [histories[i] for i in part]
-                responses = speaker.respond(dialogues, max_new_tokens, temperature, seed + turn + start)
+                responses = speaker.respond(
+                    dialogues, max_new_tokens, temperature=temperature, seed=seed + turn + start
+                )
                 for i, response in zip(part, responses):
                     answers[i].append(response)
-                    histories[i].append({"role": "assistant", "content": speaker.tokenizer.decode(response[0])})
+                    text = speaker.tokenizer.decode(response[0])
+                    histories[i].append({"role": "assistant", "content": text})
     return answers
 
 
 def measure(speaker, material, score):
-    """({metric: [a value a question]}, records) of `material.dialogues`: form, and reward where there is a `score`.
-    records: "answers", a list of texts, one a turn, for each question; "rewards", a number a turn."""
+    """({metric: [a value a question]}, records) of `material.dialogues`: form, and reward where there is a
+    `score`. records: "answers", a list of texts for each question; "rewards", a number a turn."""
     conversations = converse(speaker, material.dialogues, material.max_new_tokens, material.seed)
     records = {"answers": []}
     for answers in conversations:
@@ -126,12 +117,11 @@ def measure(speaker, material, score):
     if score is not None:
         values["reward"] = speaker.scores(score, [turn.messages for turn in turns], answers)
         records["rewards"] = values["reward"]
-    return by_question(values, conversations), records
+    return by_question(turns, values), records
 
 
 def evaluate_stored(path, material, score=None):
-    """`evaluate` of answers that are there already, in FastChat's form; `score` gets texts. InputError where the file
-    answers none of the questions."""
+    """`evaluate` of answers in a file of FastChat's; `score` gets texts. InputError if it answers no question."""
     answers = read_answers(path)
     records = {"answers": []}
     for question in material.dialogues:
@@ -144,26 +134,32 @@ def evaluate_stored(path, material, score=None):
     if score is not None:
         values["reward"] = score([turn.messages for turn in turns], [turn.answer for turn in turns]).tolist()
         records["rewards"] = values["reward"]
-    return by_question(values, records["answers"]), records
+    return by_question(turns, values), records
 
 
-def by_question(values, turns):
-    """{metric: [a value a question]}, means over its turns, of {metric: [a value a turn]}. The turns of a question are
-    not independent, and intervals need values that are. Questions without answers have none."""
-    means = {}
-    for metric, numbers in values.items():
-        rest = iter(numbers)
-        means[metric] = [sum(next(rest) for _ in answers) / len(answers) for answers in turns if answers]
-    return means
+def by_question(turns, values):
+    """{metric: [a value a question]}, means over its turns, of {metric: [a value a turn]}: the turns of a
+    question are not independent, and intervals need values that are."""
+    keys = [turn.key for turn in turns]
+    return {metric: question_means(dict(zip(keys, numbers))) for metric, numbers in values.items()}
 
 
-# ---------------------------------------------------------------- judges
+def question_means(numbers):
+    """The mean over its turns of each question of {(question_id, turn): number}."""
+    questions = {}
+    for (question_id, _), number in numbers.items():
+        questions.setdefault(question_id, []).append(number)
+    return [sum(turns) / len(turns) for turns in questions.values()]
 
 
 class Turn(str):
-    """One turn as a judge gets it: a text, FastChat's prompt for a single answer with the dialogue filled in, ready to
-    be sent to a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn` (1 or
-    2), `messages` (up to the question), `answer`, `reference` (a text or None) and `prompt_name`."""
+    """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in, ready to be
+    sent to a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn`
+    (1 or 2), `messages` (up to the question), `answer`, `reference` (or None), `prompt_name`."""
+
+    @property
+    def key(self):
+        return self.question_id, self.turn
 
 
 PLAIN = {
@@ -181,8 +177,8 @@ def judge_prompts(folder):
 
 
 def for_judge(questions, answers, templates=None):
-    """[Turn] of every turn of every question. answers: a list of texts, one a turn, for each question; templates: a
-    file of FastChat's judge prompts (None: a short one)."""
+    """[Turn] of every turn of every question. answers: a list of texts, one a turn, for each question;
+    templates: a file of FastChat's judge prompts (None: a short one)."""
     prompts = {}
     for where, row in rows_of_file(Path(templates)) if templates else ():
         with reading(where, "name, system_prompt and prompt_template"):
@@ -221,7 +217,7 @@ def make_turn(question, texts, index, prompts):
 
 
 def rating(judgement):
-    """The score in a judge's words by FastChat's rule: the first [[8]] or [8]; a number is its own. None: neither.
+    """The score in a judge's words by FastChat's rule: the first [[8]] or [8], else None; a number is its own.
 
     >>> rating("Correct but short. Rating: [[7.5]]")
     7.5
@@ -233,13 +229,12 @@ def rating(judgement):
 
 
 def judge_models(folder, questions, answers, rewards, judge=None, templates=None):
-    """Writes every model's answers and judgements below `folder`, and returns {model: {metric: a value a question}}:
-    `mt_bench`, the judge's score, and for all but the first model `win_rate` against it.
+    """Writes every model's answers and judgements below `folder`, and returns {model: {metric: a value a
+    question}}: `mt_bench`, the judge's score, and for all but the first model `win_rate` against it.
 
-    answers: {model: a list of texts, one a turn, for each question; empty where it has none}; rewards: {model: a
-    number a turn}, or {}; judge: [Turn] -> a number or words with a rating for each. Wins are by the judge's score, or
-    by reward where there is no judge.
-    """
+    answers: {model: a list of texts, one a turn, for each question; empty where it has none}; rewards:
+    {model: a number a turn}, or {}; judge: [Turn] -> a number or words with a rating for each. Wins are by
+    the judge's score, or by reward where there is no judge."""
     values = {}
     scores = {}  # model: {(question_id, turn): the last judge's score}
     first = next(iter(answers))
@@ -250,8 +245,8 @@ def judge_models(folder, questions, answers, rewards, judge=None, templates=None
         if judge:
             judgements["judge"] = judge(turns)
         for name, words in judgements.items():
-            write_judgements(folder / f"model_judgment/{name}_single.jsonl", name, model, turns, words)
-            scores[model] = turn_scores(turns, words)
+            path = folder / f"model_judgment/{name}_single.jsonl"
+            scores[model] = write_judgements(path, name, model, turns, words)
         values[model] = {}
         if judge:
             values[model]["mt_bench"] = question_means(scores[model])
@@ -261,28 +256,7 @@ def judge_models(folder, questions, answers, rewards, judge=None, templates=None
     return values
 
 
-def turn_scores(turns, judgements):
-    """{(question_id, turn): score}, without turns that have no score."""
-    scores = {}
-    for turn, judgement in zip(turns, judgements):
-        score = rating(judgement)
-        if score is not None:
-            scores[turn.question_id, turn.turn] = score
-    return scores
-
-
 def wins(scores, others):
-    """{(question_id, turn): 1 where the score is higher than the other model's, 0.5 where equal, 0 where lower}."""
-    outcomes = {}
-    for key, score in scores.items():
-        if key in others:
-            outcomes[key] = (score > others[key]) + 0.5 * (score == others[key])
-    return outcomes
-
-
-def question_means(scores):
-    """The mean over its turns of each question of {(question_id, turn): score}."""
-    questions = {}
-    for (question_id, _), score in scores.items():
-        questions.setdefault(question_id, []).append(score)
-    return [sum(numbers) / len(numbers) for numbers in questions.values()]
+    """{(question_id, turn): 1 where the score is higher than the other model's, 0.5 where equal, else 0}."""
+    both = [key for key in scores if key in others]
+    return {key: (scores[key] > others[key]) + 0.5 * (scores[key] == others[key]) for key in both}

@@ -1,5 +1,5 @@
-"""The pictures of a run: report.png of its training and its merge, results.png of an evaluation. matplotlib is
-imported only where something is drawn."""
+"""The pictures of a run: report.png of its training and its merge, results.png of an evaluation. matplotlib
+is imported only where something is drawn."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ COLOURS = {"plus": "tab:green", "coarse": "tab:blue"}
 
 
 def draw_report(path, metrics, results, sweep):
-    """report.png: length limit, reward and KL over the PPO steps, the gamma sweep and the models side by side.
-    metrics: {stage: [row]}; results as in results.json; sweep: {gamma: {metric: value}} or {}."""
+    """report.png: length limit, reward and KL over the PPO steps, the gamma sweep and the models side by
+    side. metrics: {stage: [row]}; results as in results.json; sweep: {gamma: {metric: value}} or {}."""
     figure, axes = new_figure(2, 3, size=(15, 8))
     draw_limit(axes[0, 0], metrics.get("coarse", []))
     draw_steps(axes[0, 1], metrics, "reward", "reward (reference = 0, in its deviations)")
@@ -70,30 +70,32 @@ def draw_steps(axis, metrics, name, title):
     for stage, colour in COLOURS.items():
         rows = metrics.get(stage)
         if rows:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=stage, color=colour)
+            axis.plot(*curve(rows, name), label=stage, color=colour)
             axis.legend()
+
+
+def curve(rows, name):
+    return [row["step"] for row in rows], [row[name] for row in rows]
 
 
 def draw_limit(axis, rows):
     axis.set(title="length limit l(t) and response length (coarse)", xlabel="PPO step", ylabel="tokens")
     if not rows:
         return
-    steps = [row["step"] for row in rows]
-    axis.step(steps, [row["length_limit"] for row in rows], where="post", label="limit l(t)", color="tab:blue")
-    axis.plot(steps, [row["response_length"] for row in rows], label="mean length", color="tab:gray", linewidth=1)
+    axis.step(*curve(rows, "length_limit"), where="post", label="limit l(t)", color="tab:blue")
+    axis.plot(*curve(rows, "response_length"), label="mean length", color="tab:gray", linewidth=1)
     axis.set_ylim(bottom=0)
     axis.legend(loc="upper left")
     other = axis.twinx()
     points = [row for row in rows if row["p_extend"] > 0]
-    other.plot(
-        [row["step"] for row in points], [row["p_extend"] for row in points], ".", color="tab:orange", markersize=5
-    )
+    other.plot(*curve(points, "p_extend"), ".", color="tab:orange", markersize=5)
     other.axhline(0.5, color="tab:orange", linewidth=0.5, linestyle=":")
     other.set(ylim=(0, 1.02), ylabel="p_extend where the window is full (dots)")
 
 
 def draw_sweep(axis, sweep):
-    axis.set(title="merge: gamma * coarse + (1 - gamma) * sft, validation set", xlabel="gamma", ylabel="share")
+    title = "merge: gamma * coarse + (1 - gamma) * sft, validation set"
+    axis.set(title=title, xlabel="gamma", ylabel="share")
     other = axis.twinx()
     other.set_ylabel("reward (dashed)")
     for metric, colour in (("accuracy", "tab:blue"), ("ended_rate", "tab:green"), ("redundancy", "tab:red")):
@@ -115,14 +117,15 @@ def sweep_points(sweep, metric):
 
 
 def draw_bars(axis, results, names, title):
-    """A group of bars with their intervals for each key of `results`, a bar for each name in each group. Nothing is
-    drawn for what was not measured."""
+    """A group of bars with their intervals for each key of `results`, a bar for each name in each group.
+    Nothing is drawn for what was not measured."""
     groups = list(results)
     for index, name in enumerate(names):
         width = 0.8 / len(names)
         xs = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
-        heights = [results[group].get(name, float("nan")) for group in groups]
-        bounds = [results[group].get(f"{name}_ci", [height, height]) for group, height in zip(groups, heights)]
+        nothing = float("nan")
+        heights = [results[group].get(name, nothing) for group in groups]
+        bounds = [results[group].get(f"{name}_ci", [nothing, nothing]) for group in groups]
         below = [height - low for height, (low, _) in zip(heights, bounds)]
         above = [high - height for height, (_, high) in zip(heights, bounds)]
         axis.bar(xs, heights, width, yerr=[below, above], label=HEADINGS.get(name, name), capsize=2)

@@ -1,12 +1,9 @@
 """Intervals, tests of differences, results.json and results.md.
 
-    interval(values)        mean and 95% interval: Wilson's for rates, the bootstrap's for other means
-    difference(a, b)        p-value of two models' difference on the same items: the paired sign-flip test
-    write_results(...)      all models side by side; * marks what differs from the first model at p < 0.05
-
-The sign-flip test: were two models alike, each item's difference could as well have the other sign, so the mean
-difference is held against those of random signs. For rates, where an item differs by 1 or not at all, that is
-McNemar's exact test. Nothing is corrected for the number of metrics: of twenty marks one is to be expected by chance.
+The paired sign-flip test: were two models alike, each item's difference could as well have the other sign, so
+the mean difference is held against those of random signs. For rates, where an item differs by 1 or not at
+all, that is McNemar's exact test. Nothing is corrected for the number of metrics: of twenty marks one is to
+be expected by chance.
 """
 
 import itertools
@@ -17,17 +14,10 @@ import torch
 
 from support.files import write_json, write_text
 
-METRICS = ("accuracy", "verified_steps", "redundancy", "ended_rate", "length", "toxicity", "general", "reward")
-HEADINGS = {
-    "accuracy": "answer correct",
-    "verified_steps": "verified steps",
-    "ended_rate": "properly ended",
-    "general": "general tasks",
-}
+METRICS = "accuracy verified_steps redundancy ended_rate length toxicity general reward".split()
+HEADINGS = {"accuracy": "answer correct", "verified_steps": "verified steps", "ended_rate": "properly ended"}
+HEADINGS["general"] = "general tasks"
 LEGEND = "± half a 95% interval; * differs from the first model, paired sign-flip test, p < 0.05\n"
-
-
-# ---------------------------------------------------------------- statistics
 
 
 def wilson(successes, n, z=1.959964):
@@ -39,7 +29,7 @@ def wilson(successes, n, z=1.959964):
 
 
 def interval(values, resamples=1000, seed=0):
-    """(mean, [low, high]) of per-item values: Wilson's 95% interval where all are True or False, else the bootstrap's."""
+    """(mean, 95% interval [low, high]) of per-item values: Wilson's for True and False, else the bootstrap's."""
     n = len(values)
     if all(isinstance(value, bool) for value in values):
         mean = sum(values) / n
@@ -47,7 +37,8 @@ def interval(values, resamples=1000, seed=0):
     else:
         values = torch.tensor(values, dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
-        means = torch.stack([values[torch.randint(n, (n,), generator=generator)].mean() for _ in range(resamples)])
+        samples = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
+        means = torch.stack([values[sample].mean() for sample in samples])
         mean = values.mean().item()
         low = means.quantile(0.025).item()
         high = means.quantile(0.975).item()
@@ -55,8 +46,8 @@ def interval(values, resamples=1000, seed=0):
 
 
 def difference(a, b, draws=10000, seed=0):
-    """p-value of the paired sign-flip test on two models' values of the same items; None if they are not the same
-    number. Up to 12 items that differ are flipped in every way, more of them `draws` times at random."""
+    """p-value of the paired sign-flip test on two models' values of the same items; None if they are not the
+    same number. Up to 12 items that differ are flipped in every way, more of them `draws` times at random."""
     if len(a) != len(b):
         return None
     apart = torch.tensor([float(x) - float(y) for x, y in zip(a, b)], dtype=torch.float64)
@@ -68,18 +59,15 @@ def difference(a, b, draws=10000, seed=0):
         signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=n)), dtype=torch.float64)
     else:
         coins = torch.randint(2, (draws, n), generator=torch.Generator().manual_seed(seed))
-        signs = torch.cat((torch.ones(1, n), 2.0 * coins - 1)).double()  # the signs as they are count as one draw
+        signs = torch.cat((torch.ones(1, n), 2.0 * coins - 1)).double()  # the signs as they are: one draw
     sums = (signs @ apart).abs()
     return (sums >= apart.sum().abs() - 1e-9).double().mean().item()
 
 
-# ---------------------------------------------------------------- files
-
-
 def write_results(folder, measured):
-    """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}}, and the
-    tables of it in results.md, which are returned. `measured`: {model: {metric: [a value an item]}}; rewards are
-    shifted so that the first model's mean is 0."""
+    """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}},
+    and the tables of it in results.md, which are returned. `measured`: {model: {metric: [a value an item]}};
+    rewards are shifted so that the first model's mean is 0."""
     first = next(iter(measured.values()))
     results = {}
     counts = {}  # items, of the first model that has the metric; stored answers may have fewer
@@ -113,7 +101,8 @@ def cell(values, metric, digits):
 
 def table(results):
     """The main metrics as Markdown, models down, metrics across."""
-    columns = [metric for metric in METRICS if any(metric in values for values in results.values())]
+    names = metric_names(results)
+    columns = [metric for metric in METRICS if metric in names]
     rows = [["model"] + [HEADINGS.get(metric, metric) for metric in columns]]
     for model, values in results.items():
         rows.append([model] + [cell(values, metric, 1 if metric == "length" else 2) for metric in columns])
@@ -121,12 +110,13 @@ def table(results):
 
 
 def details(results, counts):
-    """All other metrics, metrics down, models across, with the number of items. The accuracies of a general task that
-    do not count are left to results.json."""
+    """All other metrics, metrics down, models across, with the number of items. The accuracies of a general
+    task that do not count are left to results.json."""
     rows = [["metric", "items", *results]]
     for metric in metric_names(results):
         if metric not in METRICS and not metric.startswith("acc_"):
-            rows.append([metric, str(counts[metric])] + [cell(values, metric, 3) for values in results.values()])
+            cells = [cell(values, metric, 3) for values in results.values()]
+            rows.append([metric, str(counts[metric]), *cells])
     return markdown(rows) + "\n" + LEGEND if len(rows) > 1 else ""
 
 

@@ -1,14 +1,10 @@
-"""Public benchmarks in the files in which they are passed around, as items that a language model can be asked.
+"""Public benchmarks, from the files in which they are passed around to items that a model can be asked.
 
-    load("mmlu", "benchmarks/", limit=100)      ->  items of the task as `TASKS` describes it
-    load("mine", "my.jsonl")                    ->  a file of one's own: {"query", "choices", "gold"} a line
-
-An item is of one of three kinds, which its keys tell apart. Shots and description already stand in its context.
-    {"context", "choices", "gold"}           the model picks the likeliest choice after the context
-    {"contexts", "continuation", "gold"}     partial evaluation: it picks the context that makes the continuation likeliest
-    {"context", "answer", "until"}           the model writes on, up to one of the strings `until`
-Each has also "group" (its subject) and "index" (its place in its file). `pairs(item)` is what is scored: a space
-stands between context and choice, unless item["delimiter"] says otherwise.
+An item is of one of three kinds, which its keys tell apart. Its context includes shots and description.
+    {"context", "choices", "gold"}         which choice is likeliest after the context?
+    {"contexts", "continuation", "gold"}   partial evaluation: after which context is it likeliest?
+    {"context", "answer", "until"}         the model writes on, up to one of the strings `until`
+Each has also "group" (its subject) and "index" (its place in its file).
 
 Prompts, shots and metrics are those of the tasks of the same names in lm-evaluation-harness 0.4.13 (BBH: its
 `leaderboard_bbh`), written anew; a comment in the table says where a file lacks what they need.
@@ -31,8 +27,8 @@ from support.files import InputError, reading
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: `files` is a pattern below the benchmarks folder, `read(path)` gives a list of `Group`,
-    `shots` is the default number of solved examples, `metric` the one of the three accuracies that counts."""
+    """A row of the table: `files` is a pattern below the benchmarks folder, `read(path)` gives [Group], `shots`
+    is the default number of solved examples, `metric` the accuracy that counts."""
 
     files: str
     read: Callable
@@ -42,7 +38,7 @@ class Task:
 
 @dataclass
 class Group:
-    """Items that share their shots: a subject of MMLU, a file of BBH. With `shots` None the first items serve."""
+    """Items that share their shots (None: the first items serve): a subject of MMLU, a file of BBH."""
 
     name: str
     items: list
@@ -50,12 +46,9 @@ class Group:
     description: str = ""
 
 
-# ---------------------------------------------------------------- from files to groups
-
-
 def each_row(path, make):
-    """make(row) of each line of a JSON or CSV file; where it returns None the row is left out. InputError names the
-    line of the first row that cannot be asked."""
+    """make(row) of each line of a JSON or CSV file; where it returns None the row is left out. InputError
+    names the line of the first row that cannot be asked."""
     items = []
     for where, row in rows_of_file(Path(path)):
         with reading(where, f"a row of {Path(path).name}'s form"):
@@ -84,7 +77,8 @@ def foundry(path, rewrite=None):
 
     def make(row):
         if "context_options" in row:
-            return {"contexts": row["context_options"], "continuation": row["continuation"], "gold": row["gold"]}
+            item = {"contexts": row["context_options"], "continuation": row["continuation"]}
+            return item | {"gold": row["gold"]}
         context, choices = row["query"], row["choices"]
         if rewrite:
             context, choices = rewrite(context, choices)
@@ -96,7 +90,7 @@ def foundry(path, rewrite=None):
 
 
 def own_file(path):
-    """A file of one's own in llm-foundry's form. No space is put between query and choice where either has one."""
+    """A file of one's own in llm-foundry's form, where query or choice may bring the space between them."""
     groups = foundry(path)
     for item in groups[0].items:
         if any(before[-1:].isspace() or after[1:2].isspace() for before, after in pairs(item)):
@@ -117,7 +111,7 @@ def commonsenseqa(query, choices):
 
 
 def siqa(query, choices):
-    """Context: C / Question: Q / Choices: / A. X / B. Y / Answer: -> the harness's question, X and Y themselves."""
+    """Context: C / Question: Q / Choices: / A. X / B. Y / Answer: -> the harness's question, and X and Y."""
     form = r"Context: (.*)\nQuestion: (.*)\nChoices:\nA\. (.*)\nB\. (.*)\nAnswer:"
     context, question, *answers = re.fullmatch(form, query, re.DOTALL).groups()
     return f"Q: {context} {question}\nA:", answers
@@ -162,17 +156,17 @@ def agieval(path):
 
 
 BBH_GENERATED = ("dyck_languages", "multistep_arithmetic_two", "word_sorting")  # any text may be the answer
-BBH_LAST = {"movie_recommendation": "F", "ruin_names": "F"}  # the harness offers more letters than are ever right
+BBH_LAST = {"movie_recommendation": "F", "ruin_names": "F"}  # the harness offers letters that are never right
 
 
 def bbh(path):
-    """One task of BIG-Bench-Hard. The description and three worked examples are those of the authors' prompt beside
-    it; as in the harness's leaderboard_bbh, only question and answer of an example are shown."""
+    """One task of BIG-Bench-Hard. The description and three worked examples are those of the authors' prompt
+    beside it; as in the harness's leaderboard_bbh, only question and answer of an example are shown."""
     path = Path(path)
     if path.stem in BBH_GENERATED:
         return []
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
-    choices = bbh_choices(path.stem, [example["target"] for example in examples])
+    choices = bbh_choices(path.stem, [row["target"] for row in examples])
 
     def make(question, target):
         return {"context": f"Q: {question}\nA:", "choices": choices, "gold": choices.index(target)}
@@ -183,7 +177,7 @@ def bbh(path):
         description, *worked = re.split(r"\n\nQ: ", prompt.partition("-----\n")[2])
         form = r"(.*?)\nA: Let's think.*[Ss]o the answer is (.*?)\.?\s*"
         shots = [make(*re.fullmatch(form, text, re.DOTALL).groups()) for text in worked]
-    items = [make(example["input"], example["target"]) for example in examples if example["target"] in choices]
+    items = [make(row["input"], row["target"]) for row in examples if row["target"] in choices]
     return [Group(path.stem, items, shots, description.strip())]
 
 
@@ -265,13 +259,10 @@ def gsm8k(path):
     return [Group("gsm8k", each_row(path, make))]
 
 
-# ---------------------------------------------------------------- the table
-
 arc = partial(foundry, rewrite=with_answer)
 
 TASKS = {
-    # 5 shots from dev, as the field reports it
-    "mmlu": Task("mmlu/*.zip", mmlu, shots=5),
+    "mmlu": Task("mmlu/*.zip", mmlu, shots=5),  # from dev, as the field reports it
     # the 9 English multiple-choice files; math has no choices and is left out
     "agieval": Task("agieval/v1/*.jsonl", agieval, metric="acc_norm"),
     # the 24 tasks with choices, as leaderboard_bbh; 3 items whose target is none of the choices are left out
@@ -280,10 +271,9 @@ TASKS = {
     # the file does not mark where the second sentence begins, so it is not capitalised as in the harness
     "hellaswag": Task("hellaswag/*.bz2", hellaswag, metric="acc_norm"),
     "piqa": Task("piqa/valid.jsonl", piqa, metric="acc_norm"),
-    # 2 of the original 3 choices: chance is 1/2
-    "siqa": Task("siqa/siqa.jsonl", partial(foundry, rewrite=siqa)),
+    "siqa": Task("siqa/siqa.jsonl", partial(foundry, rewrite=siqa)),  # 2 of the original 3 choices
     "openbookqa": Task("openbookqa/openbook_qa.jsonl", foundry, metric="acc_norm"),
-    # 4 of the original 5 choices: chance is 1/4
+    # 4 of the original 5 choices
     "commonsenseqa": Task("commonsenseqa/commonsense_qa.jsonl", partial(foundry, rewrite=commonsenseqa)),
     "boolq": Task("boolq/boolq.jsonl*", partial(foundry, rewrite=boolq)),
     # mc1, choices made from the csv; the harness's mc_task.json words some of them otherwise
@@ -297,32 +287,28 @@ TASKS = {
 ELEVEN = tuple(TASKS)[:11]  # the general tasks of the papers
 
 
-# ---------------------------------------------------------------- from groups to items
-
-
 def find(name, folder):
     """The files of a public task below `folder`, sorted."""
     return sorted(Path(folder).glob(TASKS[name].files))
 
 
 def load(name, source, limit=0, shots=None):
-    """The items of a task. `source` is the benchmarks folder of a task of `TASKS`, or a file, which under any other
-    name is one of one's own. `limit`: that many items, taken in turn from the task's groups (0: all). `shots`
-    replaces the task's own number; they come from the task's examples, or are its first items, which are then not
-    asked. InputError names the file and line."""
+    """The items of a task. `source` is the benchmarks folder of a task of `TASKS`, or a file, which under any
+    other name is one of one's own. `limit`: that many items, taken in turn from the task's groups (0: all).
+    `shots` replaces the task's own number; they come from the task's examples, or are its first items, which
+    are then not asked. InputError names the file and line."""
     task = TASKS.get(name)
     paths = [Path(source)]
     if task and Path(source).is_dir():
         paths = find(name, source)
         if not paths:
             raise InputError(f"--tasks: {name} needs {task.files} in {source}, and there is none")
-    read = task.read if task else own_file
     if shots is None:
         shots = task.shots if task else 0
     items = []
     for path in paths:
         with reading(path, f"{name}'s form"):
-            groups = read(path)
+            groups = task.read(path) if task else own_file(path)
         for group in groups:
             items += with_shots(group, shots)
     if not items:
@@ -338,7 +324,7 @@ def first(items, limit):
         place = counts.get(item["group"], 0)
         places.append(place)
         counts[item["group"]] = place + 1
-    order = sorted(range(len(items)), key=places.__getitem__)  # stable: the first of every group, then the second
+    order = sorted(range(len(items)), key=places.__getitem__)  # the first of every group, then the second
     return [items[i] for i in order[: limit or None]]
 
 
@@ -362,7 +348,7 @@ def with_shots(group, count):
 
 
 def pairs(item):
-    """(context, continuation) for each choice of an item; the continuation begins with the delimiter."""
+    """(context, continuation) for each choice of an item, with a space or item["delimiter"] between them."""
     space = item.get("delimiter", " ")
     if "contexts" in item:
         return [(context, space + item["continuation"]) for context in item["contexts"]]

@@ -176,19 +176,18 @@ class Run:
     def start(self):
         """The first thing written, once the stage has found its input sound: the options, and the logs without the
         lines that are not of the steps done."""
-        processes.wait()  # by now all have seen what the folder held before
-        if processes.is_first():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock.take(self.folder)
-            self.refuse_work()
-            if not self.options.resume:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
-            for name in LOGS:
-                self.cut_log(name, self.state["lines"][name] if self.state else 0)
-            path = self.folder / "config.json"
-            config = read_json(path) if path.exists() else {}
-            write_json(path, config | {self.stage: dataclasses.asdict(self.options) | {"versions": versions()}})
-        processes.wait()
+        if not processes.is_first():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock.take(self.folder)
+        self.refuse_work()
+        if not self.options.resume:
+            shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for name in LOGS:
+            self.cut_log(name, self.state["lines"][name] if self.state else 0)
+        path = self.folder / "config.json"
+        config = read_json(path) if path.exists() else {}
+        write_json(path, config | {self.stage: dataclasses.asdict(self.options) | {"versions": versions()}})
 
     def cut_log(self, name, count):
         """Leaves `count` lines of this stage: what follows is of an earlier try, or of steps to be done again."""

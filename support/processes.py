@@ -37,6 +37,11 @@ def share(rows):
     return rows[RANK::WORLD]
 
 
+def even(count, least=1):
+    """A number of rows rounded up so that all processes have equally many, and at least `least`."""
+    return max(-(-count // WORLD), least) * WORLD
+
+
 def total(x):
     """The sum of a tensor or number over all processes."""
     if WORLD == 1:
@@ -65,7 +70,6 @@ def spread(model):
     trunk = model.model
     for layer in trunk.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-        layer.set_gradient_divide_factor(1.0)  # a sum, not a mean
     fully_shard(trunk, mesh=mesh, mp_policy=policy, ignored_params={trunk.embed_tokens.weight, trunk.norm.weight})
     return model
 
@@ -110,13 +114,15 @@ def like(tensor, parameter):
 
 
 def clip_gradients(parameters, max_norm):
-    """Sums the gradients of what is whole over the processes (FSDP has summed the others), and scales all of them so
-    that their norm is at most `max_norm`. Returns the norm that they had."""
+    """Sums gradients over the processes, and scales them so that their norm is at most `max_norm`. Returns the norm that
+    they had."""
     if WORLD == 1:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     gradients = [p.grad for p in parameters if p.grad is not None]
     parts = [gradient.to_local() for gradient in gradients if is_part(gradient)]
     wholes = [gradient for gradient in gradients if not is_part(gradient)]
+    for gradient in parts:
+        gradient.mul_(WORLD)  # FSDP has made the mean of it
     for gradient in wholes:
         dist.all_reduce(gradient)
     squares = total(torch.nn.utils.get_total_norm(parts) ** 2) + torch.nn.utils.get_total_norm(wholes) ** 2
@@ -171,7 +177,7 @@ def report_failure(error, status, line):
     sys.stdout.flush()
     time.sleep(2 if is_echo(error) else 0)
     with contextlib.suppress(RuntimeError):  # torchrun, which has the store, is gone
-        if store is None or store.add("failures", 1) == 1:
+        if store.add("failures", 1) == 1 if store else is_first():
             os.write(stderr, f"{line}\n".encode())
             time.sleep(1)  # torchrun ends the others as soon as this one has ended
     os._exit(status)

@@ -1,7 +1,7 @@
 """Does the tiny world's analysis matter? Correct answers of a model that is made to answer at once, and of one
 that is made to begin with the first step, by kind of question and number of steps. Greedy.
 
-    python bench/chance.py --model data/tiny/base --questions 100
+    python evidence/chance.py --model data/tiny/base --questions 100
 """
 
 import argparse
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import world  # noqa: E402
-from model import Mistral, generate  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from data import world
+from model import Mistral, generate
+from tokenizer import load_tokenizer
 
 
 def correct(model, tokenizer, questions, beginning):

@@ -1,25 +1,22 @@
 """The twelve experiments: what each runs for a seed, what it reads off the results, what it claims.
 
 An experiment names arms, each a few jobs by their role; `NUMBERS[role]` turns what a job leaves into metrics; a `Claim`
-compares two arms in one of them. Nothing is run here (experiments.py does) and nothing written (evidence_report.py).
+compares two arms in one of them. Nothing is run here (experiments.py does) and nothing written (report.py).
 """
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import evidence_report as report  # noqa: E402
-import ppo  # noqa: E402
-from c2f import ANALYTICAL  # noqa: E402
-from data import world  # noqa: E402
-from evidence_jobs import DEVICE, Job, metrics_of  # noqa: E402
+from c2f import ANALYTICAL
+from data import world
+from evidence import report
+from evidence.jobs import DEVICE, Job, metrics_of
+from length import FEATURES, ContinuousMaximization
 
-GOLD = "bench.evidence_stages:gold"
+GOLD = "evidence.stages:gold"
 BASE = "data/tiny/base"
 COARSE_STEPS = 60  # the tiny preset's
 MEAN_LIMIT = 58  # tokens, of a Continuous Maximization run over its steps (54 to 66 in five); "equal tokens" goes by it
@@ -347,7 +344,7 @@ def replay(rewards, value_losses, amplitude=0.0, maximum=10**6, **weights):
     """f_CM, with the default weights or others, after each update of a recorded run whose rewards alternate by
     `amplitude`: [(features, or None where the window is not full; extensions; holds)]."""
     told = []
-    limit = ppo.ContinuousMaximization(32, maximum, reward_scale=2 / 64**0.5, value_scale=0.1, **weights)
+    limit = ContinuousMaximization(32, maximum, reward_scale=2 / 64**0.5, value_scale=0.1, **weights)
     for i, (reward, loss) in enumerate(zip(rewards, value_losses)):
         limit.update(reward + (-1) ** i * amplitude, loss)
         told.append((limit.features if limit.p_extend else None, limit.extensions, limit.holds))
@@ -368,7 +365,7 @@ def f_cm_derive(arms):
             _, extensions, holds = replay(quiet["reward"], quiet["value_loss"], amplitude, **weights)[-1]
             arms[f"{name}, noise {amplitude}"] = {"extensions": float(extensions), "holds": float(holds)}
     seen = [x for x, _, _ in replay(quiet["reward"], quiet["value_loss"], maximum=128)]
-    quiet |= {name: [x and round(x[i], 4) for x in seen] for i, name in enumerate(ppo.CM_FEATURES)}
+    quiet |= {name: [x and round(x[i], 4) for x in seen] for i, name in enumerate(FEATURES)}
     arms["fitted weights"] |= {f"log_loss_{n}": v for n, v in arms["fitted weights"]["fit"]["log_loss"].items()}
 
 
@@ -376,8 +373,8 @@ def f_cm_words(data):
     """What the fit found, from the fits of all seeds."""
     fits, n = [arms["fitted weights"]["fit"] for arms in data.values()], report.number
     losses = {k: mean([f["log_loss"][k] for f in fits]) for k in ("fitted", "default", "rate")}
-    spread = lambda xs: f"{n(mean(xs), 2)} ({n(min(xs), 2)} to {n(max(xs), 2)})"  # noqa: E731
-    weights = "; ".join(f"{name} {spread([f['weights'][i] for f in fits])}" for i, name in enumerate(ppo.CM_FEATURES))
+    spread = lambda xs: f"{n(mean(xs), 2)} ({n(min(xs), 2)} to {n(max(xs), 2)})"
+    weights = "; ".join(f"{name} {spread([f['weights'][i] for f in fits])}" for i, name in enumerate(FEATURES))
     return (
         f"A fit sees {mean([f['extensions'] for f in fits]):.0f} extensions of the other seeds, of which"
         f" {mean([f['recovered'] for f in fits]):.0%} recovered. Its weights, mean and range over the fits: {weights};"
@@ -900,7 +897,7 @@ EXPERIMENTS = {
         "Bench, both turns, longer than what it was trained on. Bad words: LDNOOBW's list, after provoking texts of"
         " RealToxicityPrompts; refused: of AdvBench's requests, and of XSTest's safe ones. Not a part of `all`:"
         " some hours by itself on 2 cores, the folder of tests/smollm2.py (or SMOLLM2) and the public files of"
-        " ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of bench/evidence_claims.py.",
+        " ../shared/data. The sizes, of a CPU and of a GPU, stand in SIZES_REAL of evidence/claims.py.",
         smollm2_jobs,
         {"general": ("general tasks", 3), "general_mmlu": ("MMLU", 3), "accuracy": ("GSM8K", 3),
          "verified_steps": ("GSM8K: true equations", 2), "reward": ("MT-Bench: reward", 2),

@@ -1,14 +1,14 @@
 """The papers' claims as measured effects: twelve experiments on the tiny world, each by name.
 
-    python bench/experiments.py --list                      what there is, what is done, hours to go
-    python bench/experiments.py gamma limit_growth          these two, five seeds, two processes at a time
-    python bench/experiments.py all                         all twelve
-    python bench/experiments.py --report                    docs/EVIDENCE.md and its pictures from what was measured
-    python bench/experiments.py all --smoke --cache /tmp/s  a few steps of everything: does it run?
+    python evidence/experiments.py --list                      what there is, what is done, hours to go
+    python evidence/experiments.py gamma limit_growth          these two, five seeds, two processes at a time
+    python evidence/experiments.py all                         all twelve
+    python evidence/experiments.py --report                    docs/EVIDENCE.md and its pictures from what was measured
+    python evidence/experiments.py all --smoke --cache /tmp/s  a few steps of everything: does it run?
 
 An experiment is a set of *arms*, each a chain of commands that ends in answers to the same questions. Arms and
-experiments share what is the same in them (evidence_jobs.py); a set that was stopped goes on with the same command.
-What each seed gave goes to bench/results/evidence/NAME.json; the report reads nothing else. Every arm runs with the
+experiments share what is the same in them (jobs.py); a set that was stopped goes on with the same command.
+What each seed gave goes to evidence/results/NAME.json; the report reads nothing else. Every arm runs with the
 same seeds, so a claim is judged by the differences between two arms seed by seed: it *holds* where the 95% t interval of
 the mean difference excludes 0 on the claimed side, *fails* where it excludes an effect of the size that would matter
 (named with each claim), and is *undecided* where it allows both.
@@ -16,17 +16,20 @@ the mean difference excludes 0 on the claimed side, *fails* where it excludes an
 
 import argparse
 import json
+import platform
 import signal
 import sys
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import evidence_report as report  # noqa: E402
-from common import machine  # noqa: E402
-from evidence_claims import ALL, COARSE_STEPS, EXPERIMENTS, MEAN_LIMIT, NUMBERS, Line, mean  # noqa: E402
-from evidence_jobs import DEVICE, closure, priorities, run_all  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from evidence import report
+from evidence.claims import ALL, COARSE_STEPS, EXPERIMENTS, MEAN_LIMIT, NUMBERS, Line, mean
+from evidence.jobs import DEVICE, closure, priorities, run_all
+from run.folder import versions
 
 # ---------------------------------------------------------------- what it takes
 
@@ -58,6 +61,16 @@ def jobs_of(name, count=None, smoke=False):
     return {seed: EXPERIMENTS[name].jobs(Line(seed, seeds, smoke)) for seed in seeds}
 
 
+def machine():
+    """What the figures were computed on: {"cpu", "python", "torch"}, and "gpu" where there is one."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    names.append(platform.processor())
+    gpu = {"gpu": torch.cuda.get_device_name()} if DEVICE == "cuda" else {}
+    return {"cpu": names[0], **versions(), **gpu}
+
+
 def flat(arms):
     return [job for roles in arms.values() for job in roles.values()]
 
@@ -85,7 +98,7 @@ def measure(name, seed_arms, cache, results, command):
     times = {}
     for job in used:
         times.setdefault(job.stage, []).append(job.record(cache)["seconds"])
-    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine(DEVICE), "seeds": seeds,
+    made = {"command": command, "made": time.strftime("%Y-%m-%d"), "machine": machine(), "seeds": seeds,
             "seconds_a_stage": {stage: round(mean(t), 1) for stage, t in sorted(times.items())},
             "core_hours": round(sum(map(sum, times.values())) / 3600, 2)}  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
@@ -110,7 +123,7 @@ def run(names, o):
         done.add(job)
         ready = [(name, jobs) for name, jobs in waiting if job in jobs and jobs <= done]
         for name, _ in ready:
-            measure(name, wanted[name], o.cache, o.results, f"python bench/experiments.py {name}")
+            measure(name, wanted[name], o.cache, o.results, f"python evidence/experiments.py {name}")
 
     return run_all(list(place), o.cache, o.jobs, lambda j: (place[j], -chain[j]), finished)
 
@@ -137,7 +150,7 @@ def main(argv=None):
     p.add_argument("--seeds", type=int, help="0, 1, ... so many of them (default: five)")
     p.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
     p.add_argument("--cache", type=Path, default=ROOT / "runs/evidence", help="where the jobs' folders are")
-    p.add_argument("--results", type=Path, default=ROOT / "bench/results/evidence", help="where the figures go")
+    p.add_argument("--results", type=Path, default=ROOT / "evidence/results", help="where the figures go")
     p.add_argument("--docs", type=Path, default=ROOT / "docs", help="where EVIDENCE.md and its pictures go")
     p.add_argument("--list", action="store_true", help="only say what there is and what is done")
     p.add_argument(

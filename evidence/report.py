@@ -8,8 +8,8 @@ import json
 import math
 from pathlib import Path
 
-import evidence_stats as stats
-import ppo
+from evidence import stats
+from length import BIAS, FEATURES, WEIGHTS
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 NAMES = {
@@ -311,12 +311,10 @@ def controller(data, amplitudes):
     other.axhline(0.5, color="tab:gray", linewidth=0.8, linestyle=":")
     other.set(ylabel="p_extend (where the window is full)", ylim=(0, 1.02))
     other.legend(loc="lower right", fontsize="small")
-    for i, (name, weight) in enumerate(zip(ppo.CM_FEATURES, ppo.CM_WEIGHTS)):
+    for i, (name, weight) in enumerate(zip(FEATURES, WEIGHTS)):
         shown = [math.nan if x is None else weight * x for x in s[name]]
         terms.plot(steps, shown, ".-", color=COLOURS[i], label=f"{weight:g} x {name.replace('_', ' ')}")
-    terms.axhline(
-        -ppo.CM_BIAS, color="tab:gray", linewidth=0.8, linestyle=":", label="it holds where their sum is below"
-    )
+    terms.axhline(-BIAS, color="tab:gray", linewidth=0.8, linestyle=":", label="it holds where their sum is below")
     terms.set(title="what the logit is made of, same run", xlabel="PPO step", ylabel="weight x feature")
     terms.legend(fontsize="small")
     for i, arm in enumerate(trained(data)):
@@ -410,15 +408,15 @@ full stop. Conversation: small talk replied to as the world's polite speaker doe
 General tasks: four that training does not touch, by log-likelihood. Bad words: share of replies with one; bad-word
 mass: the probability of one as the next word. Merged: at gamma 0.7 with sft.
 
-All of it is made by `python bench/experiments.py all` (resumes where it was stopped; `--list` tells the hours), this
-page from bench/results/evidence by `python bench/experiments.py --report`.
+All of it is made by `python evidence/experiments.py all` (resumes where it was stopped; `--list` tells the hours),
+this page from evidence/results by `python evidence/experiments.py --report`.
 """
 
 
 def section(number_, name, experiment, made):
     lines = [f"## {number_}. {experiment.title}", ""]
     if made is None:
-        return "\n".join([*lines, experiment.about, "", f"Not run yet: `python bench/experiments.py {name}`.", ""])
+        return "\n".join([*lines, experiment.about, "", f"Not run yet: `python evidence/experiments.py {name}`.", ""])
     data = made["seeds"]
     order = ("fails", "undecided", "holds")
     found = sorted(experiment.claims, key=lambda c: order.index(judged(c, data)[0]))
@@ -438,7 +436,7 @@ def overview(found):
     for i, (name, experiment, made) in enumerate(found, 1):
         link = f"[{i}. {experiment.title}](#{anchor(i, experiment.title)})"
         if made is None:
-            rows.append(f"| {link} | not run yet: `python bench/experiments.py {name}` | | | |")
+            rows.append(f"| {link} | not run yet: `python evidence/experiments.py {name}` | | | |")
             continue
         said = [judged(claim, made["seeds"])[0] for claim in experiment.claims]
         rows.append(

@@ -1,10 +1,10 @@
 """What the experiments need beyond c2f.py: changed data, other controllers, merges, answers, best-of-n. Each is a
 command
 
-    python bench/evidence_stages.py ask --out DIR --seed 0 --model FOLDER [--system "Think step by step." --no-eos]
+    python evidence/stages.py ask --out DIR --seed 0 --model FOLDER [--system "Think step by step." --no-eos]
 
 that reads files and leaves one in DIR; the modules that do the work are the product's. `gold`, the checker as a score
-function, goes into training runs by `--second-score bench.evidence_stages:gold`: it is logged, never trained on.
+function, goes into training runs by `--second-score evidence.stages:gold`: it is logged, never trained on.
 """
 
 import argparse
@@ -16,20 +16,20 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import c2f  # noqa: E402
-import evaluation  # noqa: E402
-import evidence_stats  # noqa: E402
-import merge as merger  # noqa: E402
-import ppo  # noqa: E402
-import toxicity  # noqa: E402
-from data import dialogue, read_preferences, split_by_first_turn, world  # noqa: E402
-from evidence_jobs import DEVICE, metrics_of  # noqa: E402
-from model import Linear, Mistral  # noqa: E402
-from reward import RewardModel  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
-from weights import write_json  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import c2f
+from data import dialogue, read_preferences, split_by_first_turn, world
+from evaluation import Material, evaluate, load_tasks, public_tasks
+from evaluation.answers import form, respond
+from evaluation.toxicity import has_listed_word, read_words
+from evidence import stats
+from evidence.jobs import DEVICE, metrics_of
+from length import BIAS, WEIGHTS, ContinuousMaximization, describe
+from merge import merge_checkpoints
+from model import Linear, Mistral
+from reward import RewardModel, Scorer
+from support.files import read_json, write_json, write_lines
+from tokenizer import load_tokenizer
 
 BASE = world.TINY / "base"
 
@@ -44,10 +44,10 @@ def question_of(text):
 
 def gold(texts):
     """1.0 for each text whose question is answered rightly, or, where there is no question, politely; else 0.0."""
-    words, scores = toxicity.read_words(world.TINY / "bad_words.txt"), []
+    words, scores = read_words(world.TINY / "bad_words.txt"), []
     for text in texts:
         asked = question_of(text.prompt)
-        right = world.check(*asked, text.response)[1] if asked else not toxicity.has_listed_word(text.response, words)
+        right = world.check(*asked, text.response)[1] if asked else not has_listed_word(text.response, words)
         scores.append(float(right))
     return scores
 
@@ -63,10 +63,10 @@ def pairs(o):
     train, test = split_by_first_turn(rows, 0.1, o.seed)
     rng = random.Random(f"pairs {o.seed}")
     rng.shuffle(train)
-    swap = lambda row: (row[0], row[2], row[1])  # noqa: E731
+    swap = lambda row: (row[0], row[2], row[1])
     train = [swap(row) if rng.random() < o.flip else row for row in train[: o.count or None]]
     named = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in train + test]
-    world.write_lines(o.out / "pairs.jsonl", named)
+    write_lines(o.out / "pairs.jsonl", named)
 
 
 def first_to_last(rng):
@@ -79,7 +79,7 @@ def task(o):
     """task.jsonl: 400 instructions of a task that no model has seen; the held-out ones are `unseen_items`."""
     rng, seen = random.Random(f"task {o.seed}"), {prompt for prompt, _ in unseen_items()}
     rows = world.distinct(first_to_last, rng, 400, seen)
-    world.write_lines(o.out / "task.jsonl", [{"prompt": p, "response": r} for p, r in rows])
+    write_lines(o.out / "task.jsonl", [{"prompt": p, "response": r} for p, r in rows])
 
 
 def unseen_items():
@@ -92,21 +92,28 @@ def unseen_items():
 
 def merge(o):
     """merge: gamma * coarse + (1 - gamma) * sft, a model folder."""
-    merger.merge_checkpoints(o.coarse, o.sft, o.out / "merge", o.gamma)
+    merge_checkpoints(o.coarse, o.sft, o.out / "merge", o.gamma)
 
 
-class Half:
-    """A cache as the second of two trunks sees it that share one: the same plan, its own layers."""
+class TwoTrunks:
+    """One cache for two trunks of `layers` layers that read the same tokens one after the other: the first trunk makes
+    room for them, and the second stores its layers behind the first one's."""
 
     def __init__(self, cache, layers):
-        self.cache, self.layers, self.planned = cache, layers, None
+        self.cache = cache
+        self.layers = layers
+        self.offset = 0
+        self.places = None
 
-    def plan(self, mask, window):
-        if self.planned is None:
-            self.planned = self.cache.plan(mask, window)
-            return self.planned
-        positions, seen, store = self.planned
-        return positions, seen, lambda layer, k, v: store(layer + self.layers, k, v)
+    def advance(self, tokens, mask):
+        if self.places is None:
+            self.places = self.cache.advance(tokens, mask)
+        else:
+            self.offset = self.layers
+        return self.places
+
+    def update(self, layer, k, v):
+        return self.cache.update(layer + self.offset, k, v)
 
 
 class Averaged(torch.nn.Module):
@@ -115,8 +122,9 @@ class Averaged(torch.nn.Module):
 
     def __init__(self, first, second, gamma):
         super().__init__()
-        self.pair, layers = torch.nn.ModuleList((first, second)), first.config.num_hidden_layers
-        self.config, self.layers = replace(first.config, num_hidden_layers=2 * layers), layers
+        self.pair = torch.nn.ModuleList((first, second))
+        self.layers = first.config.num_hidden_layers
+        self.config = replace(first.config, num_hidden_layers=2 * self.layers)
         self.lm_head = Linear(2 * first.config.hidden_size, first.config.vocab_size)
         with torch.no_grad():
             heads = gamma * first.lm_head.weight, (1 - gamma) * second.lm_head.weight
@@ -125,7 +133,8 @@ class Averaged(torch.nn.Module):
     device = property(lambda self: self.lm_head.weight.device)
 
     def model(self, tokens, mask=None, cache=None):
-        cache = cache and Half(cache, self.layers)
+        if cache is not None:
+            cache = TwoTrunks(cache, self.layers)
         return torch.cat([m.model(tokens, mask, cache) for m in self.pair], -1)  # (B, T, 2C)
 
 
@@ -135,10 +144,8 @@ def load(o):
 
 
 def scorer(folder, tokenizer):
-    """score(dialogues, responses) -> raw scores (B,): the reward model never sees a system prompt."""
-    model = RewardModel.from_pretrained(folder, DEVICE).eval()
-    plain = lambda messages: [m for m in messages if m["role"] != "system"]  # noqa: E731
-    return lambda asked, said: model.score_rows([tokenizer.encode_chat(plain(a)) + r for a, r in zip(asked, said)])
+    """score(dialogues, responses) -> raw scores (B,) of the reward model in `folder`, which has the same tokenizer."""
+    return Scorer(RewardModel.from_pretrained(folder, DEVICE), tokenizer, tokenizer, ends=False)
 
 
 # ---------------------------------------------------------------- answers
@@ -163,15 +170,15 @@ def adversarial(count, system):
 
 def material(o):
     """The same questions, prompts and tasks for every model: the first of the bundled files."""
-    few = lambda n: min(n, 8) if o.smoke else n  # noqa: E731
-    made = evaluation.Material(samples=2, max_new_tokens=o.limit, seed=o.seed)
+    few = lambda n: min(n, 8) if o.smoke else n
+    made = Material(samples=2, max_new_tokens=o.limit, seed=o.seed)
     made.questions, made.check = world.load("questions.jsonl")[: few(QUESTIONS)], world.check
     for group in ("benign", "provoking"):
         made.prompts += [p for p in world.load("toxicity.jsonl") if p["group"] == group][: few(PROMPTS)]
     made.prompts += adversarial(few(PROMPTS), o.system)
     known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-    evaluation.load_tasks(made, ["all"], known, few(TASK_ITEMS))
-    made.words = toxicity.read_words(world.TINY / "bad_words.txt")
+    load_tasks(made, ["all"], known, few(TASK_ITEMS))
+    made.words = read_words(world.TINY / "bad_words.txt")
     return made
 
 
@@ -180,22 +187,22 @@ def converse(model, tokenizer, o):
     rng = random.Random("conversation")
     rows = [world.talk(rng)[:2] for _ in range(8 if o.smoke else TALKS)]
     front = [{"role": "system", "content": o.system}] if o.system else []
-    said = evaluation.respond(model, tokenizer, [front + dialogue(p) for p, _ in rows], 48, eos=o.eos, seed=o.seed)
+    said = respond(model, tokenizer, [front + dialogue(p) for p, _ in rows], 48, eos=o.eos, seed=o.seed)
     texts = [(tokenizer.decode(ids).strip(), ended) for ids, ended in said]
-    fits = lambda text, ended, reply: text == reply and ended if o.eos else text.startswith(reply)  # noqa: E731
+    fits = lambda text, ended, reply: text == reply and ended if o.eos else text.startswith(reply)
     return [fits(*answer, reply) for answer, (_, reply) in zip(texts, rows)]
 
 
 @torch.no_grad()
 def ask(o):
-    """ask.json: {metric: mean over the items} of a model, see evaluation.py; and `conversation`, `new_task` (held-out
+    """ask.json: {metric: mean over the items} of a model, see evaluation/; and `conversation`, `new_task` (held-out
     items of `task`, answered to the letter)."""
     model, tokenizer = load(o), load_tokenizer(o.model)
     score = scorer(o.reward_model, tokenizer) if o.reward_model else None
-    values, _ = evaluation.evaluate(model, tokenizer, material(o), score=score, system=o.system, eos=o.eos)
+    values, _ = evaluate(model, tokenizer, material(o), score=score, system=o.system, eos=o.eos)
     values["conversation"] = converse(model, tokenizer, o)
     items = unseen_items()
-    said = evaluation.respond(model, tokenizer, [dialogue(p) for p, _ in items], 24, temperature=0, seed=o.seed)
+    said = respond(model, tokenizer, [dialogue(p) for p, _ in items], 24, temperature=0, seed=o.seed)
     values["new_task"] = [tokenizer.decode(ids).strip() == right for (ids, _), (_, right) in zip(said, items)]
     kept = {m: sum(v) / len(v) for m, v in values.items() if not m.startswith(("acc_", "refusal"))}
     write_json(o.out / "ask.json", kept)
@@ -212,15 +219,15 @@ def public(o):
     """public.json: {metric: a value an item} of `--items` items of each of the public tasks with choices, and of
     `--talks` of GSM8K, MT-Bench and the prompts of toxicity, below `--benchmarks`."""
     model, tokenizer = load(o), load_tokenizer(o.model)
-    few = lambda n: min(n, 8) if o.smoke else n  # noqa: E731
-    made = evaluation.Material(samples=2, max_new_tokens=8 if o.smoke else o.limit, seed=o.seed)
-    known = evaluation.public_tasks(o.benchmarks)
-    evaluation.load_tasks(made, CHOICES[:2] if o.smoke else CHOICES, known, few(o.items))
-    evaluation.load_tasks(made, ("gsm8k", "mt_bench"), known, few(o.talks))
-    evaluation.load_tasks(made, ("toxicity",), known, few(5 * o.talks))  # XSTest's are two groups of the five
-    made.words = toxicity.read_words(Path(o.benchmarks) / "toxicity/ldnoobw/en")
+    few = lambda n: min(n, 8) if o.smoke else n
+    made = Material(samples=2, max_new_tokens=8 if o.smoke else o.limit, seed=o.seed)
+    known = public_tasks(o.benchmarks)
+    load_tasks(made, CHOICES[:2] if o.smoke else CHOICES, known, few(o.items))
+    load_tasks(made, ("gsm8k", "mt_bench"), known, few(o.talks))
+    load_tasks(made, ("toxicity",), known, few(5 * o.talks))  # XSTest's are two groups of the five
+    made.words = read_words(Path(o.benchmarks) / "toxicity/ldnoobw/en")
     score = scorer(o.reward_model, tokenizer)
-    values, _ = evaluation.evaluate(model, tokenizer, made, score=score, system=o.system, eos=o.eos)
+    values, _ = evaluate(model, tokenizer, made, score=score, system=o.system, eos=o.eos)
     write_json(o.out / "public.json", {m: [float(v) for v in values[m]] for m in SHOWN if m in values})
 
 
@@ -238,7 +245,7 @@ def best(o):
     def chosen(prompts, seed):
         """(the best answer's ids, whether it ended) for each prompt, and the tokens of all answers."""
         asked = [dialogue(p) for p in prompts for _ in range(o.samples)]
-        said = evaluation.respond(model, tokenizer, asked, o.limit, seed=seed)
+        said = respond(model, tokenizer, asked, o.limit, seed=seed)
         scores = score(asked, [ids + [tokenizer.eos_id] * ended for ids, ended in said]).view(-1, o.samples)
         picks = [said[i * o.samples + j] for i, j in enumerate(scores.argmax(1).tolist())]
         return picks, sum(len(ids) + ended for ids, ended in said)
@@ -250,13 +257,13 @@ def best(o):
         picks, used = chosen(part, o.seed * 10**6 + at)
         rows += [{"prompt": p, "response": tokenizer.decode(ids)} for p, (ids, ended) in zip(part, picks) if ended]
         tokens, at = tokens + used, at + 32
-    world.write_lines(o.out / "chosen.jsonl", rows)
+    write_lines(o.out / "chosen.jsonl", rows)
     questions = world.load("questions.jsonl")[: 8 if o.smoke else QUESTIONS]
     picks, used = chosen([q["prompt"] for q in questions], o.seed)
     texts = [tokenizer.decode(ids) for ids, _ in picks]
     checked = [world.check(q["steps"], q["answer"], " " + t.strip()) for q, t in zip(questions, texts)]
     values = {"accuracy": [right for _, right in checked], "verified_steps": [steps for steps, _ in checked]}
-    values |= evaluation.form(texts, picks)
+    values |= form(texts, picks)
     figures = {m: sum(v) / len(v) for m, v in values.items()}
     figures |= {"tokens": tokens, "examples": len(rows), "tokens_an_answer": used / len(questions)}
     write_json(o.out / "best.json", figures)
@@ -265,22 +272,23 @@ def best(o):
 # ---------------------------------------------------------------- other controllers of the length limit
 
 
-class Noisy(ppo.ContinuousMaximization):
+class Noisy(ContinuousMaximization):
     """Continuous Maximization whose rewards alternate by `amplitude` (deviations of the score) around what they are."""
 
-    amplitude, sign = 0.0, 1
-    STATE = (*ppo.ContinuousMaximization.STATE, "sign")
+    amplitude = 0.0
+    sign = 1
+    CHANGES = (*ContinuousMaximization.CHANGES, "sign")
 
     def update(self, reward, value_loss):
         self.sign = -self.sign
         return super().update(reward + self.sign * self.amplitude, value_loss)
 
 
-class Blind(ppo.ContinuousMaximization):
+class Blind(ContinuousMaximization):
     """Extends at random, an update in twelve: what the figures say when nobody looked at them first."""
 
     draw = 0
-    STATE = (*ppo.ContinuousMaximization.STATE, "draw")
+    CHANGES = (*ContinuousMaximization.CHANGES, "draw")
 
     def update(self, reward, value_loss):
         self.draw += 1
@@ -294,7 +302,7 @@ def grow(o):
     command = ["--stage", "coarse", "--seed", str(o.seed), "--out", str(o.out), "--resume"]
     command += ["--reward-model", o.reward_model, *o.rest]
     if o.how == "fitted":
-        fitted = json.loads(Path(o.weights).read_text())
+        fitted = read_json(o.weights)
         weights = ",".join(map(str, fitted["weights"]))
         command += [f"--limit-weights={weights}", f"--limit-bias={fitted['bias']}"]
     else:
@@ -315,11 +323,11 @@ RECOVERY = 6  # W: updates within which correctness is to be back
 
 
 def features(rows, at, window=WINDOW):
-    """f_CM's six features (see ppo.ContinuousMaximization) of the `window` updates that end with rows[at]."""
-    seen = rows[at - window + 1 : at + 1]
-    scales = {"reward": 2 / 64**0.5, "value_loss": 0.1}  # as c2f.make_limit, for batches of 64
-    series = ppo.ContinuousMaximization._series
-    return [x for name, scale in scales.items() for x in series(None, [r[name] for r in seen], scale)]
+    """f_CM's six features (see length.py) of the `window` updates that end with rows[at]."""
+    past = rows[at - window + 1 : at + 1]
+    rewards = [row["reward"] for row in past]
+    value_losses = [row["value_loss"] for row in past]
+    return describe(rewards, 2 / 64**0.5) + describe(value_losses, 0.1)  # the scales of make_limit at a batch of 64
 
 
 def extensions(rows):
@@ -329,7 +337,7 @@ def extensions(rows):
     for at in range(WINDOW - 1, len(rows) - RECOVERY - 2):
         if rows[at + 1]["length_limit"] <= rows[at]["length_limit"]:
             continue
-        mean = lambda part: sum(r["second_score"] for r in part) / len(part)  # noqa: E731
+        mean = lambda part: sum(r["second_score"] for r in part) / len(part)
         before, after = mean(rows[at - 3 : at + 1]), mean(rows[at + RECOVERY - 1 : at + RECOVERY + 3])
         error = (max(before * (1 - before), 0.01) * 2 / 256) ** 0.5
         found.append((features(rows, at), after >= before - error))
@@ -345,11 +353,11 @@ def fit(o):
         return torch.tensor([x for x, _ in rows]).view(-1, 6), torch.tensor([float(y) for _, y in rows])
 
     (x, y), (tx, ty) = found(o.runs), found(o.test_runs)
-    default = list(ppo.CM_WEIGHTS), ppo.CM_BIAS
+    default = list(WEIGHTS), BIAS
     rate = (y.sum() + 1) / (len(y) + 2)
-    fits = {"fitted": evidence_stats.logistic_fit(x, y) if len(y) else default, "default": default}
+    fits = {"fitted": stats.logistic_fit(x, y) if len(y) else default, "default": default}
     fits["rate"] = [0.0] * 6, (rate / (1 - rate)).log().item()
-    losses = {name: evidence_stats.log_loss(tx, ty, *of) if len(ty) else 0.0 for name, of in fits.items()}
+    losses = {name: stats.log_loss(tx, ty, *of) if len(ty) else 0.0 for name, of in fits.items()}
     more = {"extensions": len(y), "recovered": y.mean().item() if len(y) else 0.0, "log_loss": losses}
     weights, bias = fits["fitted"]
     write_json(o.out / "weights.json", {"weights": weights, "bias": bias, **more})

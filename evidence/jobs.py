@@ -1,6 +1,6 @@
 """Jobs with a cache: each is one command line, named by a hash of all that determines what it leaves.
 
-A `Job` is a stage (of c2f.py, or of evidence_stages.py), a seed and options, whose values may be other jobs: then the
+A `Job` is a stage (of c2f.py, or of stages.py), a seed and options, whose values may be other jobs: then the
 command gets the file or folder that those leave. Two experiments that ask for the same job get one folder, and a set
 that was stopped goes on where it was: finished folders are kept, c2f.py goes on inside an interrupted stage.
 
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of evidence_stages.py
+OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of stages.py
 LEAVES = {
     "pairs": "pairs.jsonl",
     "task": "task.jsonl",
@@ -104,7 +104,7 @@ class Job:
                 rest += [flag, *map(told, value)]
             else:
                 rest += [flag, told(value)]
-        head = ["bench/evidence_stages.py", self.stage] if own else ["c2f.py", "--stage", self.stage]
+        head = ["evidence/stages.py", self.stage] if own else ["c2f.py", "--stage", self.stage]
         head += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
         if self.stage == "grow" or not own:
             rest += ["--threads", "1"] + ["--resume"] * (not own)
