@@ -21,23 +21,24 @@ import torch
 from tqdm import tqdm
 
 import merge
-from data import dialogue, dialogue_text, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
-from evaluation.answers import redundancy
-from evaluation.stages import EvaluationOptions, chat, evaluate_models, report, sweep_evaluator
+from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
+from evaluation.stages import EvaluationOptions, chat, evaluate_models, log_samples, report, sweep_evaluator
+from evaluation.tables import sweep_table
 from generation import Sampling
 from length import LimitOptions, make_limit
 from model import Config, Mistral, ScalarModel, adapted, fill, initialize
-from ppo import PPOOptions, PPOTrainer, Prompt, Roles, mean
+from ppo import PPOOptions, PPOTrainer, Prompt, Roles
 from reward import RewardModel, RewardOptions, RewardTrainer, accuracy, encode_pair
 from run.exits import STATUSES, Stopped, explain
-from run.folder import NEEDS, Lock, Run, forget, is_finished, resume_options, target
+from run.folder import (
+    Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options, target,
+)  # fmt: skip
 from run.monitors import Monitors
 from run.user import UserScorer
 from sft import SFTOptions, SFTTrainer, chat_example, document_examples
 from support import processes
 from support.files import InputError, write_json
-from support.options import build_parser, check, check_device, flag, option
-from tokenizer import TEMPLATES
+from support.options import build_parser, check, check_device, option
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
@@ -83,16 +84,14 @@ PRESETS = {
 
 
 @dataclass
-class Options(RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions):
-    TITLE = "the run and its input"
+class Options(RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions):
+    TITLE = "stage and input"
 
     stage: str = option("all", "what to do", choices=STAGES)
     preset: str = option("tiny", "defaults for a size of model", choices=tuple(PRESETS))
-    out: str = option("", "run folder (default runs/PRESET)")
     model: str = option("", "base model: a folder or a hub id")
     sft_model: str = option("", "instruction model of the fine stage (default OUT/sft)")
     reward_model: str = option("", "reward model of plus, coarse and eval (default OUT/reward)")
-    template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
     preferences: str = option("", "preference pairs, a file or folder (HH, or prompt/chosen/rejected JSON lines)")
     instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
     prompts: str = option("", "prompts of PPO, a file or folder")
@@ -101,20 +100,6 @@ class Options(RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOp
     eos: bool = option(True, "whether a response may end; the coarse stage removes EOS")
     score: str = option("", "module:function that scores instead of a reward model: texts -> a number each")
     second_score: str = option("", "module:function, logged as second_score and never trained on")
-    device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    dtype: str = option(
-        "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16", "float16")
-    )
-    threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
-    overwrite: bool = option(False, "do a stage again whose folder has work in it")
-    resume: bool = option(False, "keep the finished stages of --out, go on inside an interrupted one, do the rest")
-    save_every: int = option(50, "steps between checkpoints to resume from; 0: only when a signal stops it", least=0)
-    max_skipped: int = option(5, "steps in a row with gradients that are not finite, after which it stops", least=1)
-    debug: bool = option(False, "show the traceback of an error")
-
-    def check(self):
-        if self.resume and self.overwrite:
-            raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
 
 
 def resolve(given, stage):
@@ -156,7 +141,7 @@ def train_sft(run):
     """theta_SFT: the base, fine-tuned on the answers of instruction data."""
     options = run.options
     tokenizer = run.tokenizer(options.model)
-    dialogues = read_rows(read_instructions, options.instructions, "--instructions")
+    dialogues = run.read_rows(read_instructions, "instructions")
     examples = [chat_example(tokenizer, messages, options.max_length) for messages in dialogues]
     examples = [(ids, mask) for ids, mask in examples if any(mask[1:])]  # the first token is never predicted
     if not examples:
@@ -173,7 +158,7 @@ def train_reward(run):
     """The harmless reward model, helpful and harmless pairs mixed; held-out accuracy by first human turn."""
     options = run.options
     tokenizer = run.tokenizer(options.model)
-    pairs = read_rows(read_preferences, options.preferences, "--preferences")
+    pairs = run.read_rows(read_preferences, "preferences")
     parts = []
     for part in split_by_first_turn(pairs, options.held_out, options.seed):
         encoded = [encode_pair(tokenizer, dialogue(p), c, r, options.max_length) for p, c, r in part]
@@ -199,7 +184,7 @@ def train_ppo(run):
     """plus and coarse: PPO from the base; the options say what makes the difference."""
     options = run.options
     tokenizer = run.tokenizer(options.model)
-    prompts = read_ppo_prompts(options, tokenizer)
+    prompts = read_ppo_prompts(run, tokenizer)
     roles = make_roles(run)
     base = roles.reference if options.lora_rank else None
     if options.score:
@@ -225,6 +210,26 @@ def train_ppo(run):
         counts = f"{limiter.extensions} extensions, {limiter.holds} holds with a full window"
         print(f"length limit {options.length_limit} -> {limiter.limit}: {counts}")
     run.save(roles.actor, tokenizer)
+
+
+def read_ppo_prompts(run, tokenizer):
+    """`Prompt`s as the actor reads them, the stage's system prompt in front. The score function gets the messages
+    without it, since the reward model was trained on dialogues that had none."""
+    options = run.options
+    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+    texts = run.read_rows(read_prompts, "prompts")
+    prompts = []
+    for text in texts:
+        messages = [message for message in dialogue(text) if message["role"] != "system" or not system]
+        ids = tokenizer.encode_chat(system + messages)
+        if len(ids) <= options.max_prompt:
+            prompts.append(Prompt(ids, messages))
+    if len(prompts) < len(texts):
+        count = f"{len(texts) - len(prompts)} prompts of more than {options.max_prompt} tokens left out"
+        print(f"{count}, {len(prompts)} remain (--max-prompt)")
+    if not prompts:
+        raise InputError(f"--prompts: none of {options.prompts} is within {options.max_prompt} tokens")
+    return prompts
 
 
 def make_roles(run):
@@ -258,25 +263,6 @@ def lora(options):
     return options.lora_rank, options.lora_alpha or 2 * options.lora_rank
 
 
-def log_samples(run, tokenizer, samples, second_score):
-    """Writes the first samples of a step to samples.jsonl, and sometimes prints one. Returns metrics of all of them."""
-    step = run.done + 1
-    for number, sample in enumerate(samples[:3]):
-        prompt = dialogue_text(sample.dialogue)
-        response = tokenizer.decode(sample.response)
-        figures = {"score": round(sample.score, 3), "kl": round(sample.kl, 2)}
-        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": response} | figures)
-        if number == 0 and step % 10 == 1:
-            text = f"{prompt[-60:].strip()} -> {response[:160]}"
-            tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
-    texts = [tokenizer.decode(sample.response) for sample in samples]
-    metrics = {"redundancy": mean(torch.tensor([redundancy(text) for text in texts]))}
-    if second_score:
-        scores = second_score([s.dialogue for s in samples], [s.response for s in samples])
-        metrics["second_score"] = mean(scores)
-    return metrics
-
-
 def make_fine(run):
     """The gamma sweep on a validation set, then the merge at --gamma."""
     options = run.options
@@ -303,42 +289,8 @@ def make_fine(run):
     merge.merge_checkpoints(coarse, instruct, run.target, options.gamma)
     write_json(run.folder / "sweep.json", results)
     forget(run.folder, run.stage)
-    for number, (gamma, values) in enumerate(results.items()):
-        if number == 0:
-            print("gamma  " + "  ".join(name.ljust(10) for name in values))
-        print(f"{gamma:<5}  " + "  ".join(f"{v:<10.3f}" for v in values.values()))
+    print(sweep_table(results))
     print(f"merged at gamma {options.gamma}")
-
-
-# ---------------------------------------------------------------- data
-
-
-def read_rows(reader, path, flag):
-    """What a reader of data finds at the path that an option names, a list. Prints what it left out."""
-    rows = reader(path)
-    items = list(rows)
-    for reason, count in rows.skipped.items():
-        print(f"{flag}: {count} rows left out, with {reason}")
-    return items
-
-
-def read_ppo_prompts(options, tokenizer):
-    """`Prompt`s as the actor reads them, the stage's system prompt in front. The score function gets the messages
-    without it, since the reward model was trained on dialogues that had none."""
-    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    texts = read_rows(read_prompts, options.prompts, "--prompts")
-    prompts = []
-    for text in texts:
-        messages = [message for message in dialogue(text) if message["role"] != "system" or not system]
-        ids = tokenizer.encode_chat(system + messages)
-        if len(ids) <= options.max_prompt:
-            prompts.append(Prompt(ids, messages))
-    if len(prompts) < len(texts):
-        count = f"{len(texts) - len(prompts)} prompts of more than {options.max_prompt} tokens left out"
-        print(f"{count}, {len(prompts)} remain (--max-prompt)")
-    if not prompts:
-        raise InputError(f"--prompts: none of {options.prompts} is within {options.max_prompt} tokens")
-    return prompts
 
 
 # ---------------------------------------------------------------- the stages in their order
@@ -346,35 +298,20 @@ def read_ppo_prompts(options, tokenizer):
 # fmt: off
 WORK = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo, "coarse": train_ppo,
         "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
-INPUTS = {"sft": ("model", "instructions"), "reward": ("model", "preferences"), "plus": ("model", "prompts"),
-          "coarse": ("model", "prompts"), "chat": ("model",)}  # options that a stage cannot do without
 # fmt: on
-
-
-def is_given(options, stage, earlier):
-    """Whether the user hands `stage` what `earlier` would make."""
-    if earlier == "reward":
-        return bool(options.reward_model or options.score)
-    if stage == "eval":
-        return bool(options.models)
-    return earlier == "sft" and bool(options.sft_model)
 
 
 def run_stage(given, stage, lock):
     """One stage, and on the tiny preset those before it whose output is missing."""
     options = resolve(given, stage)
     run = Run(options, stage, lock)
-    for earlier in NEEDS.get(stage, ()):
-        if is_finished(run.folder, earlier) or is_given(options, stage, earlier):
-            continue
+    for earlier in missing_stages(options, stage):
         if options.preset != "tiny":
             command = f"python c2f.py --stage {earlier} --preset {options.preset} --out {run.folder} ..."
             raise InputError(f"--stage {stage}: {run.folder / earlier} is missing; {command} makes it")
         print(f"{stage} needs {run.folder / earlier}, which is missing: running --stage {earlier} first")
         run_stage({name: value for name, value in given.items() if name != "steps"}, earlier, lock)
-    for name in INPUTS.get(stage, ()):
-        if not getattr(options, name):
-            raise InputError(f"{flag(name)}: needed by this stage with this preset")
+    require_inputs(options, stage)
     processes.set_threads(options.threads)
     torch.manual_seed(options.seed)
     start = time.time()

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from support.files import InputError
 from support.options import option
-from weights import open_exact, save_folder
+from weights import open_parents, save_folder
 
-VOCABULARIES = ("tokenizer.model", "tokenizer.json", "tekken.json")
 TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -32,30 +31,6 @@ class MergeOptions:
 def check_gamma(gamma):
     if not 0 <= gamma <= 1:
         raise InputError(f"--gamma, --gammas: {gamma} given, a share between 0 and 1 expected")
-
-
-def open_parents(coarse, sft):
-    """The `Weights` of two folders (or hub ids). InputError where they do not hold the same network over the same
-    vocabulary."""
-    coarse = open_exact(coarse)
-    sft = open_exact(sft)
-    for name in sorted(set(coarse.names) ^ set(sft.names)):
-        where = coarse if name in coarse.names else sft
-        raise InputError(f"merge: {name} stands in {where.folder} alone")
-    for name in coarse.names:
-        compare(name, coarse.shape(name), sft.shape(name), coarse, sft)
-    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"):
-        compare(key, coarse.config.get(key), sft.config.get(key), coarse, sft)
-    for file in VOCABULARIES:
-        paths = [coarse.folder / file, sft.folder / file]
-        if all(path.exists() for path in paths) and paths[0].read_bytes() != paths[1].read_bytes():
-            raise InputError(f"merge: {paths[0]} and {paths[1]} differ, so the same id means two things")
-    return coarse, sft
-
-
-def compare(name, value, other, coarse, sft):
-    if value != other:
-        raise InputError(f"merge: {name} is {value} in {coarse.folder} and {other} in {sft.folder}")
 
 
 def merged(coarse, sft, gamma):

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from generation import generate, visible  # noqa: F401  (`generate` is part of this module's contract)
 from support.processes import whole
-from weights import ADAPTER, ADAPTER_NAME, Weights, fingerprint, locate, save_folder
+from weights import Weights, adapter_files, locate, save_folder
 
 
 @dataclass
@@ -279,7 +279,9 @@ class Model(nn.Module):
         saved beside them by themselves: in bf16 the folded weights lose a part of what was learnt."""
         dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
         config = self.config.to_dict(self.architecture) | {"dtype": dtype} | self.config_entries
-        save_folder(folder, config, named_tensors(self), [*files, *adapter_files(self)])
+        layers = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and m.A is not None}
+        adapter = adapter_files(layers, getattr(self, "head", None), self.source)
+        save_folder(folder, config, named_tensors(self), [*files, *adapter])
 
 
 class Mistral(Model):
@@ -394,22 +396,3 @@ def named_tensors(model):
         if isinstance(layer, Linear) and layer.A is not None:
             p = layer.folded()
         yield model.file_names.get(name, name), whole(p)
-
-
-def adapter_files(model):
-    """[(file name, content)] of a model's adapters and head, in the form of the peft library; [] without adapters."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, Linear) and m.A is not None}
-    if not layers or model.source is None:
-        return []
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[ADAPTER_NAME.format(name, "A")] = layer.A.detach().cpu()
-        tensors[ADAPTER_NAME.format(name, "B")] = layer.B.detach().cpu()
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
-    if isinstance(model, ScalarModel):
-        tensors["base_model.model.score.weight"] = model.head.weight.detach().cpu()
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-    rank = len(layer.A)
-    config |= {"r": rank, "lora_alpha": layer.scale * rank, "target_modules": sorted({n.split(".")[-1] for n in layers})}
-    config |= {"base_model_name_or_path": str(model.source), "base_fingerprint": fingerprint(model.source)}
-    return [(f"{ADAPTER}/adapter_config.json", config), (f"{ADAPTER}/adapter_model.safetensors", tensors)]

@@ -14,17 +14,16 @@ step, `total` sums over them; for one process it is the identity.
 """
 
 import math
-import resource
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 
 from generation import pad_left, pad_right, sample_responses
 from length import ContinuousMaximization  # noqa: F401  (part of this module's contract)
+from support.figures import describe_speed, describe_step, masked_mean, masked_variance, summarize
 from support.files import InputError
 from support.options import option
 from support.processes import RANK, even, gathered, share, total
@@ -63,16 +62,6 @@ class PPOOptions(TrainingOptions):
 
 
 # ---------------------------------------------------------------- masked arithmetic
-
-
-def masked_mean(x, mask):
-    """Mean of x over the True places of mask."""
-    return total((x * mask).sum()) / total(mask.sum()).clamp_min(1)
-
-
-def masked_variance(x, mask):
-    """Variance of x over the True places of mask, without Bessel's correction."""
-    return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
 
 
 def masked_whiten(x, mask, shift_mean=True):
@@ -438,70 +427,3 @@ class PPOTrainer(Trainer):
         farthest = ratios[(ratios - 1).abs().argmax()].item()
         figures = {name: (total(x) / count).item() for name, x in sums.items()}
         return figures | {"ratio": farthest, "grad_norm": grad_norm, "critic_grad_norm": critic_grad_norm}
-
-
-# ---------------------------------------------------------------- figures
-
-
-def summarize(history):
-    """The metrics of an update from the figures of its minibatches: their means, the ratio of the first one that is
-    farthest from 1, and how many optimizer steps were left out for gradients that were not finite."""
-    metrics = {name: fmean(figures[name] for figures in history) for name in history[0] if name != "ratio"}
-    norms = [figures[name] for figures in history for name in ("grad_norm", "critic_grad_norm")]
-    skipped = sum(not math.isfinite(norm) for norm in norms)
-    return metrics | {"ratio_first": history[0]["ratio"], "skipped_updates": skipped, "updates": len(history)}
-
-
-def describe_step(batch, scores, shaped, kl, entropy):
-    """The metrics of a step that need no update, floats."""
-    mask = batch.response_mask
-    lengths = mask.sum(1).float()
-    residual_variance = masked_variance(batch.returns - batch.values, mask)
-    truncation_rate = mean(batch.truncated.float())
-    gap = ((batch.sampled.exp() - batch.logprobs.exp()).abs() * mask).max()
-    return {
-        "reward": mean(scores),
-        "reward_shaped": mean(shaped),
-        "kl": mean(kl.sum(1)),
-        "kl_per_token": masked_mean(kl, mask).item(),
-        "entropy": masked_mean(entropy, mask).item(),
-        "response_length": mean(lengths),
-        "truncation_rate": truncation_rate,
-        "eos_rate": 1 - truncation_rate,
-        # 1: the critic foretells the returns; 0: no better than their mean
-        "explained_variance": (1 - residual_variance / masked_variance(batch.returns, mask).clamp_min(1e-8)).item(),
-        "score_length_correlation": correlation(scores, lengths),
-        "sampling_gap": gap.item(),
-        "tokens": int(total(mask.sum())),
-    }
-
-
-def describe_speed(metrics, seconds, generation_seconds, device):
-    """Figures of time and memory; `metrics` has the step's tokens and their mean number."""
-    responses = metrics["tokens"] / metrics["response_length"]
-    return {
-        "samples_per_second": responses / seconds,
-        "tokens_per_second": metrics["tokens"] / seconds,
-        "generation_share": generation_seconds / seconds,
-        "peak_memory_gib": peak_memory_gib(device),
-    }
-
-
-def mean(x):
-    """Mean of x (B,) over all processes, a float."""
-    return (total(x.sum()) / total(len(x))).item()
-
-
-def correlation(x, y):
-    """Pearson's correlation of x and y (B,), 0 where either is constant."""
-    x = x - mean(x)
-    y = y - mean(y)
-    scale = (total((x * x).sum()) * total((y * y).sum())).sqrt()
-    return (total((x * y).sum()) / scale.clamp_min(1e-8)).item()
-
-
-def peak_memory_gib(device):
-    """Peak memory of the device, or of this process where the device is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

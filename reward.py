@@ -8,19 +8,17 @@ the model must have met both: every pair gets EOS after both answers or after ne
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from generation import pad_right
-from model import ScalarModel, adapted, fill, load
-from support.files import read_json, read_tensors
+from model import ScalarModel, adapted, load
 from support.options import option
 from support.processes import share, total
 from training import Optimizer, Trainer, TrainingOptions, by_length
-from weights import ADAPTER, ADAPTER_NAME, fingerprint
+from weights import ADAPTER_HEAD, ADAPTER_NAME, fingerprint, has_adapter, read_adapter
 
 
 @dataclass
@@ -59,19 +57,18 @@ class RewardModel(ScalarModel):
     def over_base(cls, folder, base):
         """The reward model of `folder` over the weights of `base`, a `Mistral` in memory, which it shares. None where
         the folder has no adapter, or one over other weights."""
-        path = Path(folder) / ADAPTER
-        if not (path / "adapter_config.json").exists():
+        if not has_adapter(folder):
             return None
-        settings = read_json(path / "adapter_config.json")
+        settings, tensors = read_adapter(folder)
         if settings["base_fingerprint"] != fingerprint(base.source):
             return None
-        tensors = read_tensors(path / "adapter_model.safetensors")
         model = cls.over(adapted(base, settings["r"], settings["lora_alpha"]))
-        own = {name: p for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
         with torch.no_grad():
-            for name, p in own.items():
-                p.copy_(tensors[ADAPTER_NAME.format(name[:-2], name[-1])])
-        fill(model, [("score.weight", tensors["base_model.model.score.weight"])])
+            model.head.weight.copy_(tensors[ADAPTER_HEAD])
+            for name, p in model.named_parameters():
+                layer, _, letter = name.rpartition(".")
+                if letter in ("A", "B"):
+                    p.copy_(tensors[ADAPTER_NAME.format(layer, letter)])
         return model.eval().requires_grad_(False)
 
     def score(self, tokens, mask):

@@ -18,8 +18,10 @@ from safetensors import safe_open
 from support import processes
 from support.files import InputError, read_json, read_tensors, reading, replacing, write_json, write_tensors
 
+VOCABULARIES = ("tokenizer.model", "tokenizer.json", "tekken.json")
 ADAPTER = "adapter"  # the folder of a model's adapters, inside the model's own
 ADAPTER_NAME = "base_model.model.{}.lora_{}.weight"  # the peft library's name of A or B of a layer
+ADAPTER_HEAD = "base_model.model.score.weight"
 
 
 def locate(path_or_id):
@@ -62,15 +64,16 @@ def is_model(folder):
 
 
 def fingerprint(folder):
-    """A number that tells the weights in a model folder from others, from samples spread over every file: training
-    changes all weights."""
+    """A number that tells the weights in a model folder from others: a checksum of every small tensor, and of eight or
+    nine blocks of each large one, for training changes whole tensors."""
     crc = 0
+    block = 4096  # bytes
     for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            for place in range(64):
-                file.seek(size * place // 64)
-                crc = zlib.crc32(file.read(2**14), crc)
+        with reading(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                values = file.get_tensor(name).flatten().view(torch.uint8)  # in the file: what is not used is not read
+                for start in range(0, len(values), max(block, len(values) // 8)):
+                    crc = zlib.crc32(values[start : start + block].numpy(), crc)
     return crc
 
 
@@ -274,13 +277,12 @@ class Unfolded(Weights):
 
     def __init__(self, folder):
         super().__init__(folder)
-        path = self.folder / ADAPTER
-        settings = read_json(path / "adapter_config.json")
+        settings, self.adapter = read_adapter(self.folder)
         self.scale = settings["lora_alpha"] / settings["r"]
-        self.adapter = read_tensors(path / "adapter_model.safetensors")
         self.base = Weights(locate(settings["base_model_name_or_path"]))
         if fingerprint(self.base.folder) != settings["base_fingerprint"]:
-            raise InputError(f"{path}: {self.base.folder} holds other weights than those it was trained over")
+            other = f"{self.base.folder} holds other weights than those it was trained over"
+            raise InputError(f"{self.folder / ADAPTER}: {other}")
 
     def read(self, name):
         if name not in self.base.names:
@@ -294,10 +296,68 @@ class Unfolded(Weights):
         return tensor.float() + self.scale * B.float() @ A.float()
 
 
+def has_adapter(folder):
+    return (Path(folder) / ADAPTER / "adapter_config.json").exists()
+
+
 def open_exact(path_or_id):
     """The `Weights` of a model folder, as exact as the folder has them."""
     folder = locate(path_or_id)
-    return Unfolded(folder) if (folder / ADAPTER / "adapter_config.json").exists() else Weights(folder)
+    return Unfolded(folder) if has_adapter(folder) else Weights(folder)
+
+
+# ---------------------------------------------------------------- adapters
+
+
+def adapter_files(layers, head, source):
+    """[(file name, content)] of adapters in the form of the peft library; [] where there are none.
+
+    layers: {name: layer with A, B and scale}; head: the layer of a scalar model, or None; source: the base's folder.
+    """
+    if not layers or source is None:
+        return []
+    tensors = {}
+    for name, layer in layers.items():
+        tensors[ADAPTER_NAME.format(name, "A")] = layer.A.detach().cpu()
+        tensors[ADAPTER_NAME.format(name, "B")] = layer.B.detach().cpu()
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
+    if head is not None:
+        tensors[ADAPTER_HEAD] = head.weight.detach().cpu()
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+    rank = len(layer.A)
+    config |= {"r": rank, "lora_alpha": layer.scale * rank, "target_modules": sorted({n.split(".")[-1] for n in layers})}
+    config |= {"base_model_name_or_path": str(source), "base_fingerprint": fingerprint(source)}
+    return [(f"{ADAPTER}/adapter_config.json", config), (f"{ADAPTER}/adapter_model.safetensors", tensors)]
+
+
+def read_adapter(folder):
+    """(adapter_config.json, {name: tensor}) of the adapters in a model folder."""
+    path = Path(folder) / ADAPTER
+    return read_json(path / "adapter_config.json"), read_tensors(path / "adapter_model.safetensors")
+
+
+def open_parents(coarse, sft):
+    """The `Weights` of two folders (or hub ids). InputError where they do not hold the same network over the same
+    vocabulary."""
+    coarse = open_exact(coarse)
+    sft = open_exact(sft)
+    for name in sorted(set(coarse.names) ^ set(sft.names)):
+        where = coarse if name in coarse.names else sft
+        raise InputError(f"merge: {name} stands in {where.folder} alone")
+    for name in coarse.names:
+        compare(name, coarse.shape(name), sft.shape(name), coarse, sft)
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps"):
+        compare(key, coarse.config.get(key), sft.config.get(key), coarse, sft)
+    for file in VOCABULARIES:
+        paths = [coarse.folder / file, sft.folder / file]
+        if all(path.exists() for path in paths) and paths[0].read_bytes() != paths[1].read_bytes():
+            raise InputError(f"merge: {paths[0]} and {paths[1]} differ, so the same id means two things")
+    return coarse, sft
+
+
+def compare(name, value, other, coarse, sft):
+    if value != other:
+        raise InputError(f"merge: {name} is {value} in {coarse.folder} and {other} in {sft.folder}")
 
 
 # ---------------------------------------------------------------- tensors out

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from model import generate
 
 
-def theirs_generate(model, prompts, count):
+def generate_transformers(model, prompts, count):
     tokens = torch.tensor(prompts, device=model.device)
-    out = model.generate(
+    output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
         max_new_tokens=count,
@@ -34,79 +34,109 @@ def theirs_generate(model, prompts, count):
         cache_implementation="static",
         pad_token_id=0,
     )
-    return out[:, tokens.shape[1] :].tolist()
+    return output[:, tokens.shape[1] :].tolist()
 
 
 @torch.no_grad()
-def products(model, rows, head_rows):
+def make_products(model, rows, head_rows):
     """A function that multiplies each weight of the linear layers with `rows` rows, the head's with `head_rows`."""
+
+    def inputs(count, weight):
+        return torch.randn(count, weight.shape[1], device=weight.device, dtype=weight.dtype)
+
     head = model.lm_head.weight
-    weights = [w for w in common.linears(model) if w is not head]
-    make = lambda count, w: torch.randn(count, w.shape[1], device=w.device, dtype=w.dtype)
-    inputs = {w.shape[1]: make(rows, w) for w in weights}
-    last = make(head_rows, head)
+    weights = [weight for weight in common.linears(model) if weight is not head]
+    by_width = {weight.shape[1]: inputs(rows, weight) for weight in weights}
+    head_inputs = inputs(head_rows, head)
 
     @torch.no_grad()
-    def run():
-        for w in weights:
-            F.linear(inputs[w.shape[1]], w)
-        F.linear(last, head)
+    def multiply():
+        for weight in weights:
+            F.linear(by_width[weight.shape[1]], weight)
+        F.linear(head_inputs, head)
 
-    return run
+    return multiply
 
 
 def step_bytes(model, batch, context):
     """Bytes that one decode step must read: every linear weight once, and each row's keys and values."""
-    c = model.config
-    seen = min(context, c.sliding_window or context)
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * seen * batch
-    return sum(w.nbytes for w in common.linears(model)) + cache * model.lm_head.weight.element_size()
+    config = model.config
+    keys = min(context, config.sliding_window or context)
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * keys * batch
+    return sum(w.nbytes for w in common.linears(model)) + numbers * model.lm_head.weight.element_size()
 
 
-def measure(ours, theirs, o, batch, bytes_per_second):
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(10, ours.config.vocab_size, (batch, o.prompt), generator=g).tolist()
-    device, texts = ours.device, {}
-    bare, bare_prefill = products(ours, batch, batch), products(ours, batch * o.prompt, batch)
+def make_calls(models, options, prompts, texts):
+    """{name: call} of what is timed. `texts` gets the ids that each side generates."""
+    batch = len(prompts)
+    ours = models["ours"]
+    one_step = make_products(ours, batch, batch)
 
-    def keep(name, made):
-        texts[name] = made
+    def products():
+        for _ in range(options.new):
+            one_step()
+
+    def ours_all():
+        texts["ours"] = generate(ours, prompts, options.new, temperature=0)
+
+    def transformers_all():
+        texts["transformers"] = generate_transformers(models["transformers"], prompts, options.new)
 
     calls = {
         "ours one": lambda: generate(ours, prompts, 1, temperature=0),
-        "ours all": lambda: keep("ours", generate(ours, prompts, o.new, temperature=0)),
-        "products": lambda: [bare() for _ in range(o.new)],
-        "products prefill": bare_prefill,
+        "ours all": ours_all,
+        "products": products,
+        "products prefill": make_products(ours, batch * options.prompt, batch),
     }
-    if theirs is not None:
-        calls["transformers one"] = lambda: theirs_generate(theirs, prompts, 1)
-        calls["transformers all"] = lambda: keep("transformers", theirs_generate(theirs, prompts, o.new))
-    times = common.interleave(calls, o.runs, device, warmup=2 if device.type == "cuda" else 1)
-    speed = {"products": [batch * o.new / t for t in times["products"]]}
+    if "transformers" in models:
+        calls["transformers one"] = lambda: generate_transformers(models["transformers"], prompts, 1)
+        calls["transformers all"] = transformers_all
+    return calls
+
+
+def measure(models, options, batch, bytes_per_second):
+    """A row of the result. models: {"ours", and perhaps "transformers"}."""
+    ours = models["ours"]
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(10, ours.config.vocab_size, (batch, options.prompt), generator=g).tolist()
+    texts = {}
+    calls = make_calls(models, options, prompts, texts)
+    times = common.interleave(calls, options.runs, ours.device, warmup=2 if ours.device.type == "cuda" else 1)
     row = {"batch": batch}
-    for name in ("ours", "transformers")[: 1 + (theirs is not None)]:
-        one, every = times[name + " one"], times[name + " all"]
+    speed = {}
+    for name in models:
+        one = times[name + " one"]
+        every = times[name + " all"]
         speed[name] = {
-            "all": [batch * o.new / t for t in every],
-            "prefill": [batch * o.prompt / t for t in one],
-            "decode": [batch * (o.new - 1) / max(b - a, 1e-9) for a, b in zip(one, every)],
+            "all": [batch * options.new / t for t in every],
+            "prefill": [batch * options.prompt / t for t in one],
+            "decode": [batch * (options.new - 1) / max(b - a, 1e-9) for a, b in zip(one, every)],
         }
         row[name] = {kind: common.spread(values) for kind, values in speed[name].items()}
-    limit = batch * bytes_per_second / step_bytes(ours, batch, o.prompt + o.new // 2)
-    row["products"], row["bandwidth_limit"] = common.spread(speed["products"]), limit
-    share = lambda values, limits: common.paired(values, limits)["median"]
-    row["share_of_products"] = share(speed["ours"]["all"], speed["products"])
-    row["decode_share_of_products"] = share(speed["ours"]["decode"], speed["products"])
-    row["decode_share_of_bandwidth"] = row["ours"]["decode"]["median"] / limit
-    row["prefill_share_of_products"] = share(
-        speed["ours"]["prefill"], [batch * o.prompt / t for t in times["products prefill"]]
-    )
-    if theirs is not None:
-        ratios = {kind: common.paired(speed["ours"][kind], speed["transformers"][kind]) for kind in speed["ours"]}
-        row |= {"ratio": ratios["all"]["median"], "ratio_spread": ratios["all"]}
-        row |= {f"ratio_{kind}": ratios[kind]["median"] for kind in ("prefill", "decode")}
-        row["same_text"] = sum(a == b for a, b in zip(texts["ours"], texts["transformers"])) / batch
-    return row
+    products = [batch * options.new / t for t in times["products"]]
+    prefill_products = [batch * options.prompt / t for t in times["products prefill"]]
+    row["products"] = common.spread(products)
+    row["bandwidth_limit"] = batch * bytes_per_second / step_bytes(ours, batch, options.prompt + options.new // 2)
+    row["share_of_products"] = common.paired(speed["ours"]["all"], products)["median"]
+    row["decode_share_of_products"] = common.paired(speed["ours"]["decode"], products)["median"]
+    row["decode_share_of_bandwidth"] = row["ours"]["decode"]["median"] / row["bandwidth_limit"]
+    row["prefill_share_of_products"] = common.paired(speed["ours"]["prefill"], prefill_products)["median"]
+    return row | compare(speed, texts)
+
+
+def compare(speed, texts):
+    """The ratios of both sides, and the share of prompts to which both generate the same text."""
+    if "transformers" not in speed:
+        return {}
+    ratios = {kind: common.paired(speed["ours"][kind], speed["transformers"][kind]) for kind in speed["ours"]}
+    pairs = list(zip(texts["ours"], texts["transformers"]))
+    return {
+        "ratio": ratios["all"]["median"],
+        "ratio_spread": ratios["all"],
+        "ratio_prefill": ratios["prefill"]["median"],
+        "ratio_decode": ratios["decode"]["median"],
+        "same_text": sum(a == b for a, b in pairs) / len(pairs),
+    }
 
 
 def show(row):
@@ -116,41 +146,49 @@ def show(row):
     if "transformers" in row:
         line += f", transformers {row['transformers']['all']['median']:.0f}, ratio {row['ratio']:.2f} "
         line += f"(decode {row['ratio_decode']:.2f}), same greedy text {row['same_text']:.0%}"
-    print(f"{line}; of the bare products {row['share_of_products']:.0%} (decode {row['decode_share_of_products']:.0%}),"
-          f" of the bandwidth limit {row['decode_share_of_bandwidth']:.0%}", flush=True)  # fmt: skip
+    line += f"; of the bare products {row['share_of_products']:.0%} (decode {row['decode_share_of_products']:.0%})"
+    print(f"{line}, of the bandwidth limit {row['decode_share_of_bandwidth']:.0%}", flush=True)
 
 
-def options(argv=None):
-    p = common.parser(__doc__, ("tiny", "smollm2", "mistral-7b-random"), folder=True)
-    p.add_argument("--batch", type=common.positive, nargs="+", default=[1, 16, 64])
-    p.add_argument("--prompt", type=common.positive, help="tokens of a prompt (CPU 32, GPU 320)")
-    p.add_argument("--new", type=common.positive, help="tokens generated (CPU 64, GPU 128), 2 or more")
-    p.add_argument("--runs", type=common.positive, default=5)
-    p.add_argument("--alone", action="store_true", help="without transformers")
-    o = common.parse(p, argv)
-    o.prompt, o.new = o.prompt or (320 if o.device == "cuda" else 32), o.new or (128 if o.device == "cuda" else 64)
-    if o.new < 2:
-        p.error("--new: 2 or more, the first token is the prefill's")
-    return o
+def parse_options(argv=None):
+    parser = common.new_parser(__doc__, ("tiny", "smollm2", common.RANDOM_7B), folder=True)
+    add = parser.add_argument
+    add("--batch", type=common.positive, nargs="+", default=[1, 16, 64])
+    add("--prompt", type=common.positive, help="tokens of a prompt (CPU 32, GPU 320)")
+    add("--new", type=common.positive, help="tokens generated (CPU 64, GPU 128), 2 or more")
+    add("--runs", type=common.positive, default=5)
+    add("--alone", action="store_true", help="without transformers")
+    options = common.parse(parser, argv)
+    options.prompt = options.prompt or (320 if options.device == "cuda" else 32)
+    options.new = options.new or (128 if options.device == "cuda" else 64)
+    if options.new < 2:
+        parser.error("--new: 2 or more, the first token is the prefill's")
+    return options
+
+
+def load_models(options):
+    models = {"ours": common.load_model(options.case, options.device)}
+    if not options.alone:
+        try:
+            models["transformers"] = common.as_transformers(models["ours"])
+            models["transformers"].generation_config.eos_token_id = None
+        except ImportError as error:
+            print(f"transformers is missing, ours is measured alone: {error}", file=sys.stderr)
+    return models
 
 
 def main():
-    o = options()
-    ours, theirs = common.load_model(o.case, o.device), None
-    if not o.alone:
-        try:
-            theirs = common.as_transformers(ours)
-            theirs.generation_config.eos_token_id = None
-        except ImportError as error:
-            print(f"transformers is missing, ours is measured alone: {error}", file=sys.stderr)
-    speed, rows = common.bandwidth(o.device), []
+    options = parse_options()
+    models = load_models(options)
+    speed = common.bandwidth(options.device)
     print(f"memory: {speed / 1e9:.1f} GB/s")
-    for batch in o.batch:
-        rows.append(measure(ours, theirs, o, batch, speed))
+    rows = []
+    for batch in options.batch:
+        rows.append(measure(models, options, batch, speed))
         show(rows[-1])
-    asked = {n: getattr(o, n) for n in ("case", "prompt", "new", "runs")}
-    result = {**asked, "bytes_per_second": speed, "rows": rows, **common.memory(o.device)}
-    common.write_json(o.json, result, o.device)
+    settings = {name: getattr(options, name) for name in ("case", "prompt", "new", "runs")}
+    result = {**settings, "bytes_per_second": speed, "rows": rows, **common.memory(options.device)}
+    common.write_result(options.json, result, options.device)
 
 
 if __name__ == "__main__":

@@ -15,69 +15,83 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SAME_WORK = 1e-5  # the largest difference between two sides that do the same
 
 
 def ratios(result, path=""):
     """{place: number} of what is compared, from nested dicts and lists; rows are named by their batch."""
-    found = {}
-    items = result.items() if isinstance(result, dict) else []
     if isinstance(result, list):
-        items = [
-            (f"batch {r['batch']}" if isinstance(r, dict) and "batch" in r else i, r) for i, r in enumerate(result)
-        ]
+        items = [(f"batch {row['batch']}", row) for row in result if isinstance(row, dict) and "batch" in row]
+    else:
+        items = result.items()
+    numbers = {}
     for name, value in items:
         place = f"{path} {name}".strip()
+        if name.endswith("_spread"):
+            continue
         if isinstance(value, (dict, list)):
-            if not str(name).endswith("_spread"):
-                found |= ratios(value, place)
-        elif str(name).startswith("ratio") or "share_of" in str(name):
-            found[place] = value
-    return found
+            numbers |= ratios(value, place)
+        elif name.startswith("ratio") or "share_of" in name:
+            numbers[place] = value
+    return numbers
 
 
 def regressions(fresh, stored, tolerance):
     """A line for each ratio that fell by more than `tolerance`, is gone, or is no number."""
-    new, lines = ratios(fresh), []
-    for place, was in ratios(stored).items():
-        now = new.get(place)
-        if now is None:
-            lines.append(f"{place}: {was:.3g} before, missing now")
-        elif not now >= was * (1 - tolerance):  # a NaN is no pass
-            lines.append(f"{place}: {was:.3g} before, {now:.3g} now ({now / was - 1:+.0%})")
-    limit, now = 1e-5, fresh.get("max_abs_diff", 0.0)
-    if stored.get("max_abs_diff", 1.0) <= limit and not now <= limit:
-        lines.append(f"max_abs_diff: {stored['max_abs_diff']:.1e} before, {now:.1e} now: no longer the same work")
+    now = ratios(fresh)
+    lines = []
+    for place, before in ratios(stored).items():
+        if place not in now:
+            lines.append(f"{place}: {before:.3g} before, missing now")
+        elif not now[place] >= before * (1 - tolerance):  # a NaN is no pass
+            lines.append(f"{place}: {before:.3g} before, {now[place]:.3g} now ({now[place] / before - 1:+.0%})")
+    before = stored.get("max_abs_diff", 1.0)
+    after = fresh.get("max_abs_diff", 0.0)
+    if before <= SAME_WORK and not after <= SAME_WORK:
+        lines.append(f"max_abs_diff: {before:.1e} before, {after:.1e} now: no longer the same work")
     return lines
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("fresh", nargs="+", type=Path, help="JSON files, or folders of them")
-    p.add_argument("--stored", type=Path, default=ROOT / "bench/results")
-    p.add_argument("--tolerance", type=float, default=0.15, help="share of a ratio that may be lost (default 0.15)")
-    o = p.parse_args(argv)
-    if not 0 <= o.tolerance < 1:
-        p.error(f"--tolerance {o.tolerance}: a share, 0 or more and below 1")
-    files = [f for path in o.fresh for f in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
-    compared, found = 0, []
+def pairs(paths, stored):
+    """(name, fresh result, stored one) of each JSON file, and of those in folders. What cannot be compared gets a line.
+    ValueError where a file is not JSON."""
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     for file in files:
-        stored = o.stored / file.name
-        if not file.exists() or not stored.exists():
-            print(
-                f"{file.name}: {'nothing stored' if file.exists() else 'no such file'}, not compared", file=sys.stderr
-            )
-            continue
-        try:
-            pair = [json.loads(f.read_text()) for f in (file, stored)]
-        except ValueError as error:
-            p.error(f"{file.name}: not JSON: {error}")
-        compared += len(ratios(pair[1]))
-        found += [f"{file.stem}: {line}" for line in regressions(*pair, o.tolerance)]
-    print(*found, sep="\n", end="\n" if found else "")
-    if not compared and not found:
-        p.error("nothing could be compared")
-    print(f"{compared} ratios compared, {len(found)} regressions", file=sys.stderr)
-    return 1 if found else 0
+        if not file.exists():
+            print(f"{file.name}: no such file, not compared", file=sys.stderr)
+        elif not (stored / file.name).exists():
+            print(f"{file.name}: nothing stored, not compared", file=sys.stderr)
+        else:
+            try:
+                yield file.stem, json.loads(file.read_text()), json.loads((stored / file.name).read_text())
+            except ValueError as error:
+                raise ValueError(f"{file.name}: not JSON: {error}") from None
+
+
+def main(argv=None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("fresh", nargs="+", type=Path, help="JSON files, or folders of them")
+    add("--stored", type=Path, default=ROOT / "bench/results")
+    add("--tolerance", type=float, default=0.15, help="share of a ratio that may be lost (default 0.15)")
+    options = parser.parse_args(argv)
+    if not 0 <= options.tolerance < 1:
+        parser.error(f"--tolerance {options.tolerance}: a share, 0 or more and below 1")
+    count = 0
+    lines = []
+    try:
+        for name, fresh, stored in pairs(options.fresh, options.stored):
+            count += len(ratios(stored))
+            lines += [f"{name}: {line}" for line in regressions(fresh, stored, options.tolerance)]
+    except ValueError as error:
+        parser.error(str(error))
+    for line in lines:
+        print(line)
+    if not count and not lines:
+        parser.error("nothing could be compared")
+    print(f"{count} ratios compared, {len(lines)} regressions", file=sys.stderr)
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ separate policy and critic. Seconds are the least of --runs steps after a warm-u
 prints one line and the rest goes on.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -26,7 +27,9 @@ from ppo_vs_trl import build
 
 from generation import Cache
 from model import Config, ScalarModel, generate, initialize
+from ppo import Roles
 
+SWEEPS = ("length", "response", "batch", "size")
 SHAPES = {  # width, layers
     "d64": (64, 2),
     "d128": (128, 4),
@@ -40,62 +43,104 @@ SHAPES = {  # width, layers
 def shape(name, window):
     width, layers = SHAPES[name]
     heads = max(4, width // 64)
-    return Config(vocab_size=512 if width < 1024 else 32000, hidden_size=width, intermediate_size=width * 7 // 2,
-                  num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads if width < 1024 else heads // 4,
-                  sliding_window=window)  # fmt: skip
+    return Config(
+        vocab_size=512 if width < 1024 else 32000,
+        hidden_size=width,
+        intermediate_size=width * 7 // 2,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads if width < 1024 else heads // 4,
+        sliding_window=window,
+    )
 
 
-def plan(o):
+def plan(options):
     """{sweep: list of points}, smallest first."""
-    gpu = o.device == "cuda"
-    window, size = (1024, "d1024") if gpu else (256, "d256")
-    lengths = [n for n in (128, 256, 512, 1024, 2048, 4096, 8192) if n <= (o.most or (8192 if gpu else 1024))]
-    step = dict(kind="step", batch=8, response=128 if gpu else 64, size=size if gpu else "d128", window=window)
-    return {
-        "length": [dict(kind="generate", batch=64 if gpu else 32, response=n, size=size, window=w)
-                   for w in (window, None) for n in lengths],
-        "response": [step | {"response": n, "batch": 4} for n in lengths],
-        "batch": [step | {"batch": n} for n in ((8, 16, 32, 64, 128, 256) if gpu else (4, 8, 16, 32, 64))],
-        "size": [step | {"size": n} for n in (list(SHAPES) if gpu else list(SHAPES)[:4])],
-    }  # fmt: skip
-
-
-def measure(o, point):
-    """One child: seconds, peak memory and weights of a point."""
-    p, dtype = SimpleNamespace(**point), torch.bfloat16 if o.device == "cuda" else torch.float32
-    config = shape(p.size, p.window)
-    actor = common.random_model(config, o.device, dtype)
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, config.vocab_size, (p.batch, 32), generator=g).tolist()
-    if p.kind == "generate":
-        call, warm = lambda: generate(actor, prompts, p.response), lambda: generate(actor, prompts, 8)
-        cache = Cache(config, p.batch, 32 + p.response, torch.device("meta"), dtype)
-        more = {"cache_mib": (cache.keys.nbytes + cache.values.nbytes) / 2**20}
+    lengths = (128, 256, 512, 1024, 2048, 4096, 8192)
+    if options.device == "cuda":
+        window = 1024
+        most = options.most or 8192
+        generation = {"kind": "generate", "batch": 64, "size": "d1024"}
+        step = {"kind": "step", "batch": 8, "response": 128, "size": "d1024", "window": window}
+        batches = (8, 16, 32, 64, 128, 256)
+        sizes = tuple(SHAPES)
     else:
-        critic = ScalarModel(config).to(o.device, dtype)
-        initialize(critic, torch.Generator(o.device).manual_seed(1))
-        asked = SimpleNamespace(batch=p.batch, microbatch=p.batch, epochs=1, response=p.response, steps=o.runs,
-                                lora_rank=0, prompts=prompts)  # fmt: skip
-        reference = common.random_model(config, o.device, dtype)
-        trainer = build(asked, actor, reference, critic, lambda _, rows: [sum(r) / len(r) for r in rows])
-        figures = []
-        call, more = lambda: figures.append(trainer.step()[0]), {}
-        warm = call
-    warm()
-    seconds = min(common.seconds(call, o.device) for _ in range(o.runs))
-    if p.kind == "step":
-        more = {"generation_share": figures[-1]["generation_share"]}
-    weights = sum(w.numel() for w in actor.parameters())
-    return {"seconds": seconds, "weights": weights, **more, **common.memory(o.device)}
+        window = 256
+        most = options.most or 1024
+        generation = {"kind": "generate", "batch": 32, "size": "d256"}
+        step = {"kind": "step", "batch": 8, "response": 64, "size": "d128", "window": window}
+        batches = (4, 8, 16, 32, 64)
+        sizes = tuple(SHAPES)[:4]
+    lengths = [n for n in lengths if n <= most]
+    return {
+        "length": [generation | {"response": n, "window": w} for w in (window, None) for n in lengths],
+        "response": [step | {"response": n, "batch": 4} for n in lengths],
+        "batch": [step | {"batch": n} for n in batches],
+        "size": [step | {"size": n} for n in sizes],
+    }
+
+
+def rule(prompts, responses):
+    """A score (B,) that costs nothing: the mean id of each response."""
+    return torch.tensor([sum(ids) / len(ids) for ids in responses])
+
+
+def measure(options, point):
+    """One child: seconds, peak memory and weights of a point."""
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    config = shape(point["size"], point["window"])
+    actor = common.random_model(config, options.device, dtype)
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, config.vocab_size, (point["batch"], 32), generator=g).tolist()
+    if point["kind"] == "generate":
+        figures = measure_generation(options, point, actor, prompts)
+    else:
+        figures = measure_step(options, point, actor, prompts)
+    weights = sum(p.numel() for p in actor.parameters())
+    return figures | {"weights": weights, **common.memory(options.device)}
+
+
+def measure_generation(options, point, actor, prompts):
+    def call():
+        generate(actor, prompts, point["response"])
+
+    generate(actor, prompts, 8)
+    seconds = min(common.seconds(call, options.device) for _ in range(options.runs))
+    dtype = actor.lm_head.weight.dtype
+    cache = Cache(actor.config, len(prompts), 32 + point["response"], torch.device("meta"), dtype)
+    return {"seconds": seconds, "cache_mib": (cache.keys.nbytes + cache.values.nbytes) / 2**20}
+
+
+def measure_step(options, point, actor, prompts):
+    config = actor.config
+    dtype = actor.lm_head.weight.dtype
+    critic = ScalarModel(config).to(options.device, dtype)
+    initialize(critic, torch.Generator(options.device).manual_seed(1))
+    roles = Roles(actor, common.random_model(config, options.device, dtype), critic)
+    batch = point["batch"]
+    settings = SimpleNamespace(
+        batch=batch, microbatch=batch, epochs=1, response=point["response"], steps=options.runs
+    )  # fmt: skip
+    trainer = build(settings, roles, prompts, rule)
+    history = []
+
+    def call():
+        history.append(trainer.step()[0])
+
+    call()
+    seconds = min(common.seconds(call, options.device) for _ in range(options.runs))
+    return {"seconds": seconds, "generation_share": history[-1]["generation_share"]}
 
 
 def marginal(rows):
-    """Adds to each row of a length sweep the milliseconds that a token took between the length before and it."""
+    """Adds to each row of a length sweep the milliseconds of a token between the length before and its own."""
     for before, row in zip([None, *rows], rows):
-        tokens, took = row["response"], row["seconds"]
+        tokens = row["response"]
+        seconds = row["seconds"]
         if before is not None and before["window"] == row["window"]:
-            tokens, took = tokens - before["response"], took - before["seconds"]
-        row["ms_per_token"] = 1000 * took / tokens
+            tokens -= before["response"]
+            seconds -= before["seconds"]
+        row["ms_per_token"] = 1000 * seconds / tokens
 
 
 def ticks(axis, values):
@@ -112,68 +157,87 @@ def plot(result, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 7), layout="constrained")
+    plot_generation(axes[0, 0], result, "ms_per_token", "ms a token")
+    plot_generation(axes[1, 0], result, "cache_mib", "cache, MiB")
     memory = "peak_gpu_gib" if result["device"] == "cuda" else "peak_rss_gib"
-    for axis, key, label in ((axes[0, 0], "ms_per_token", "ms a token"), (axes[1, 0], "cache_mib", "cache, MiB")):
-        for window in dict.fromkeys(r["window"] for r in result.get("length", [])):
-            rows = [r for r in result["length"] if r["window"] == window]
-            axis.plot([r["response"] for r in rows], [r[key] for r in rows], "o-",
-                      label=f"window {window}" if window else "no window")  # fmt: skip
-            ticks(axis, [r["response"] for r in rows])
-            if window:
-                axis.axvline(window, color="grey", linestyle=":")
-        axis.set(xlabel="response length", ylabel=label, ylim=(0, None), title="generation")
-        axis.legend()
-    places = {
-        "response": (axes[0, 1], "response length"),
-        "batch": (axes[0, 2], "batch"),
-        "size": (axes[1, 1], "weights"),
-    }
-    for name, (axis, label) in places.items():
-        rows, key = result.get(name, []), "weights" if name == "size" else name
-        for twin, value, unit, mark in ((axis, "seconds", "seconds", "o-"), (axis.twinx(), memory, "GiB", "s--")):
-            twin.plot([r[key] for r in rows], [r[value] for r in rows], mark, color="C0" if mark == "o-" else "C1")
-            twin.set(xscale="log", ylim=(0, None))
-            twin.set_ylabel(unit, color="C0" if mark == "o-" else "C1")
-        axis.set(xlabel=label, title="PPO step")
-        if name != "size":
-            ticks(axis, [r[key] for r in rows])
+    plot_steps(axes[0, 1], result.get("response", []), "response", "response length", memory)
+    plot_steps(axes[0, 2], result.get("batch", []), "batch", "batch", memory)
+    plot_steps(axes[1, 1], result.get("size", []), "weights", "weights", memory)
     axes[1, 2].axis("off")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
-def options(argv=None):
-    p = common.parser(__doc__, ("tiny",))
-    p.add_argument("--sweeps", nargs="+", default=["length", "response", "batch", "size"],
-                   choices=("length", "response", "batch", "size"))  # fmt: skip
-    p.add_argument("--most", type=common.positive, help="longest response (CPU 1024, GPU 8192)")
-    p.add_argument("--runs", type=common.positive, default=2)
-    p.add_argument("--plot", default="", help="picture to write (needs matplotlib)")
-    p.add_argument("--point", help=common.argparse.SUPPRESS)
-    return common.parse(p, argv)
+def plot_generation(axis, result, key, label):
+    """A figure of generation over the response length, with the window and without."""
+    rows = result.get("length", [])
+    for window in dict.fromkeys(row["window"] for row in rows):
+        points = [row for row in rows if row["window"] == window]
+        lengths = [row["response"] for row in points]
+        name = f"window {window}" if window else "no window"
+        axis.plot(lengths, [row[key] for row in points], "o-", label=name)
+        ticks(axis, lengths)
+        if window:
+            axis.axvline(window, color="grey", linestyle=":")
+    axis.set(xlabel="response length", ylabel=label, ylim=(0, None), title="generation")
+    axis.legend()
+
+
+def plot_steps(axis, rows, key, label, memory):
+    """Seconds of a PPO step and its peak memory over a quantity."""
+    values = [row[key] for row in rows]
+    for side, name, unit, style, colour in (
+        (axis, "seconds", "seconds", "o-", "C0"),
+        (axis.twinx(), memory, "GiB", "s--", "C1"),
+    ):
+        side.plot(values, [row[name] for row in rows], style, color=colour)
+        side.set(xscale="log", ylim=(0, None))
+        side.set_ylabel(unit, color=colour)
+    axis.set(xlabel=label, title="PPO step")
+    if key != "weights":
+        ticks(axis, values)
+
+
+def parse_options(argv=None):
+    parser = common.new_parser(__doc__, ("tiny",))
+    add = parser.add_argument
+    add("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS)
+    add("--most", type=common.positive, help="longest response (CPU 1024, GPU 8192)")
+    add("--runs", type=common.positive, default=2)
+    add("--plot", default="", help="picture to write (needs matplotlib)")
+    add("--point", help=argparse.SUPPRESS)
+    return common.parse(parser, argv)
+
+
+def run_points(sweep, points):
+    """The points of a sweep with their figures. One that fails prints a line, and the others go on."""
+    rows = []
+    for point in points:
+        try:
+            rows.append(point | common.run_child("point", "--point", json.dumps(point)))
+        except RuntimeError as error:
+            print(f"scaling {sweep} {point}: {error}", file=sys.stderr)
+            continue
+        place = [f"{name} {value}" for name, value in point.items() if name != "kind"]
+        figures = {name: round(x, 3) for name, x in rows[-1].items() if isinstance(x, float)}
+        print(sweep, *place, figures, flush=True)
+    return rows
 
 
 def main():
-    o = options()
-    if o.child:
-        return common.answer(measure(o, json.loads(o.point)))
-    result = {"device": o.device}
-    for sweep in o.sweeps:
-        rows = []
-        for point in plan(o)[sweep]:
-            try:
-                rows.append(point | common.child("point", "--point", json.dumps(point)))
-            except RuntimeError as error:
-                print(f"scaling {sweep} {point}: {error}", file=sys.stderr)
-                continue
-            figures = {n: round(x, 3) for n, x in rows[-1].items() if isinstance(x, float)}
-            print(sweep, *(f"{n} {x}" for n, x in point.items() if n != "kind"), figures, flush=True)
+    options = parse_options()
+    if options.child:
+        return common.answer(measure(options, json.loads(options.point)))
+    points = plan(options)
+    result = {"device": options.device}
+    for sweep in options.sweeps:
+        rows = run_points(sweep, points[sweep])
         if sweep == "length":
             marginal(rows)
         result[sweep] = rows
-    common.write_json(o.json, result, o.device)
-    if o.plot:
-        Path(o.plot).parent.mkdir(parents=True, exist_ok=True)
-        plot(result, o.plot)
+    common.write_result(options.json, result, options.device)
+    if options.plot:
+        plot(result, options.plot)
 
 
 if __name__ == "__main__":

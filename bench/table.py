@@ -43,65 +43,79 @@ ROWS = {  # name: (where, command, figure to reach)
 }  # fmt: skip
 
 
-def run(names, results, more):
+def run(names, results, arguments):
     for name in names:
         script, *options = ROWS[name][1].format(results=results).split()
-        command = [sys.executable, f"bench/{script}", *options, *more, "--json", str(results / f"{name}.json")]
+        command = [sys.executable, f"bench/{script}", *options, *arguments, "--json", str(results / f"{name}.json")]
         start = time.perf_counter()
         print(f"== {name}: python {' '.join(command[1:])}", flush=True)
-        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            print(f"{name} failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+        process = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if process.returncode:
+            print(f"{name} failed: {(process.stderr.strip() or 'no message').splitlines()[-1]}")
         print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------- the table
 
 
-def peaks(figures):
-    return "".join(f", {figures[n]:.2f} GiB{' of GPU' * (n == 'peak_gpu_gib')}" for n in
-                   ("peak_gpu_gib", "peak_rss_gib") if n in figures and not (n == "peak_rss_gib" and "peak_gpu_gib" in
-                   figures))  # fmt: skip
+def peak(figures):
+    """The peak memory of a side: the GPU's where there is one."""
+    if "peak_gpu_gib" in figures:
+        return f", {figures['peak_gpu_gib']:.2f} GiB of GPU"
+    return f", {figures['peak_rss_gib']:.2f} GiB" if "peak_rss_gib" in figures else ""
 
 
-def ratio(r, key="ratio"):
-    if key not in r:
+def ratio(result):
+    if "ratio" not in result:
         return ""
-    s = r.get(key + "_spread")
-    return f"{r[key]:.2f}x" + (f" ({s['min']:.2f} to {s['max']:.2f})" if s else "")
+    spread = result.get("ratio_spread")
+    return f"{result['ratio']:.2f}x" + (f" ({spread['min']:.2f} to {spread['max']:.2f})" if spread else "")
 
 
-def ppo(r):
-    kind = f"LoRA r{r['lora_rank']}" if r["lora_rank"] else "full"
-    work = f"PPO {r['case']}, {r['batch']} x ({r['prompt']} + {r['response']}), {r['epochs']} epoch(s), {kind}"
-    show = lambda f: f"{f['samples_per_second']:.3g} samples/s, {f['tokens_per_second']:.4g} tok/s{peaks(f)}"
-    sides = [show(r[n]) if n in r else "" for n in ("ours", "trl")]
-    proof = f"same work to {r['max_abs_diff']:.0e}" if "max_abs_diff" in r else ""
-    return [(work, sides[0], sides[1] and "TRL " + sides[1], ratio(r), proof)]
+def rank(result):
+    return f"LoRA r{result['lora_rank']}" if result["lora_rank"] else "full"
 
 
-def generation(r):
+def ppo_side(figures):
+    return f"{figures['samples_per_second']:.3g} samples/s, {figures['tokens_per_second']:.4g} tok/s{peak(figures)}"
+
+
+def ppo(result):
+    sizes = f"{result['batch']} x ({result['prompt']} + {result['response']}), {result['epochs']} epoch(s)"
+    work = f"PPO {result['case']}, {sizes}, {rank(result)}"
+    ours = ppo_side(result["ours"]) if "ours" in result else ""
+    theirs = "TRL " + ppo_side(result["trl"]) if "trl" in result else ""
+    proof = f"same work to {result['max_abs_diff']:.0e}" if "max_abs_diff" in result else ""
+    return [(work, ours, theirs, ratio(result), proof)]
+
+
+def generation_side(figures):
+    return f"{figures['all']['median']:.0f} tok/s (decode {figures['decode']['median']:.0f})"
+
+
+def generation(result):
     lines = []
-    for row in r["rows"]:
-        show = lambda f: f"{f['all']['median']:.0f} tok/s (decode {f['decode']['median']:.0f})"
-        theirs = "transformers " + show(row["transformers"]) if "transformers" in row else ""
+    for row in result["rows"]:
+        work = f"generate {result['case']}, batch {row['batch']}, {result['prompt']} + {result['new']}"
+        theirs = "transformers " + generation_side(row["transformers"]) if "transformers" in row else ""
         shares = f"{row['share_of_products']:.0%} of the products (decode {row['decode_share_of_products']:.0%}), "
         shares += f"decode {row['decode_share_of_bandwidth']:.0%} of bandwidth"
-        work = f"generate {r['case']}, batch {row['batch']}, {r['prompt']} + {r['new']}"
-        lines.append((work, show(row["ours"]), theirs, ratio(row), shares))
+        lines.append((work, generation_side(row["ours"]), theirs, ratio(row), shares))
     return lines
 
 
-def training(r):
-    show = lambda f: f"{f['tokens_per_second']['median']:.0f} tok/s, MFU {f['mfu']:.0%}{peaks(f)}"
-    sides = {n: show(r[n]) for n in ("ours", "transformers", "fused") if n in r}
-    kind = f"LoRA r{r['lora_rank']}" if r["lora_rank"] else "full"
-    work = f"train {r['case']}, {r['rows']} x {r['length']}, {kind}"
-    peers = "<br>".join(f"{n} {s}" for n, s in sides.items() if n != "ours")
-    share = f"peak {r['matmul_peak_tflops']:.3g} TFLOP/s"
-    if "mfu_nominal" in r.get("ours", {}):
-        share += f"; {r['ours']['mfu_nominal']:.0%} of the nominal"
-    return [(work, sides.get("ours", ""), peers, ratio(r), share)]
+def training_side(figures):
+    return f"{figures['tokens_per_second']['median']:.0f} tok/s, MFU {figures['mfu']:.0%}{peak(figures)}"
+
+
+def training(result):
+    work = f"train {result['case']}, {result['rows']} x {result['length']}, {rank(result)}"
+    ours = training_side(result["ours"]) if "ours" in result else ""
+    peers = [f"{name} {training_side(result[name])}" for name in ("transformers", "fused") if name in result]
+    limit = f"peak {result['matmul_peak_tflops']:.3g} TFLOP/s"
+    if "mfu_nominal" in result.get("ours", {}):
+        limit += f"; {result['ours']['mfu_nominal']:.0%} of the nominal"
+    return [(work, ours, "<br>".join(peers), ratio(result), limit)]
 
 
 KINDS = {"ppo": ppo, "generate": generation, "train": training}
@@ -109,13 +123,14 @@ KINDS = {"ppo": ppo, "generate": generation, "train": training}
 
 def lines(name, results):
     """The table's lines of a row, or one that says that it is unmeasured."""
-    where, command, reach = ROWS[name]
-    file = results / f"{name}.json"
-    if name.split("-")[0] not in KINDS:
+    reach = ROWS[name][2]
+    path = results / f"{name}.json"
+    kind = name.split("-")[0]
+    if kind not in KINDS:
         return []
-    if not file.exists():
+    if not path.exists():
         return [(f"`{name}`", "unmeasured", "", "", "", reach)]
-    return [(*line, reach) for line in KINDS[name.split("-")[0]](json.loads(file.read_text()))]
+    return [(*line, reach) for line in KINDS[kind](json.loads(path.read_text()))]
 
 
 def table(results):
@@ -123,10 +138,11 @@ def table(results):
     text += ["| " + " | ".join(line) + " |" for name in ROWS for line in lines(name, results)]
     text += ["", "Commands and machines:", ""]
     for name in ROWS:
-        if (results / f"{name}.json").exists():
-            r = json.loads((results / f"{name}.json").read_text())
-            told = ", ".join(f"{k} {v}" for k, v in r["machine"].items())
-            text.append(f"- `{name}`: `{r['command']}` ({told})")
+        path = results / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            machine = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+            text.append(f"- `{name}`: `{result['command']}` ({machine})")
     return "\n".join(text)
 
 
@@ -136,20 +152,20 @@ def write_table(readme, results):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--run", choices=("cpu", "gpu"), help="run the rows of this device first")
-    p.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="only these: " + ", ".join(ROWS))
-    p.add_argument(
-        "--threads", type=int, default=1, choices=range(1, 257), metavar="N", help="CPU threads of either side"
-    )
-    p.add_argument("--results", type=Path, default=Path("bench/results"))
-    p.add_argument("--readme", type=Path, default=ROOT / "bench/README.md")
-    o = p.parse_args(argv)
-    if o.run:
-        names = [n for n in o.rows or ROWS if ROWS[n][0] == o.run]
-        run(names, o.results, ["--threads", str(o.threads)])
-    if not o.run or o.results == Path("bench/results"):
-        write_table(o.readme, ROOT / o.results)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("--run", choices=("cpu", "gpu"), help="run the rows of this device first")
+    add("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="only these: " + ", ".join(ROWS))
+    add("--threads", type=int, default=1, choices=range(1, 257), metavar="N", help="CPU threads of either side")
+    add("--results", type=Path, default=Path("bench/results"))
+    add("--readme", type=Path, default=ROOT / "bench/README.md")
+    options = parser.parse_args(argv)
+    if options.run:
+        names = [name for name in options.rows or ROWS if ROWS[name][0] == options.run]
+        run(names, options.results, ["--threads", str(options.threads)])
+    if not options.run or options.results == Path("bench/results"):
+        write_table(options.readme, ROOT / options.results)
 
 
 if __name__ == "__main__":

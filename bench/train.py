@@ -3,10 +3,10 @@
     python bench/train.py --case smollm2 --json bench/results/train-smollm2.json
     python bench/train.py --case mistral-7b-random --device cuda --lora-rank 16 --json bench/results/train-7b.json
 
-One optimizer step on --rows documents of --length tokens (GPU: 2048, filled to the last token, as packing fills
-them), every token learnt: forward, loss, backward, gradient norm clipped, AdamW. Rows are read a quarter at a time,
-as sft.Trainer reads them. Sides:
-  ours           sft.Trainer.step
+One optimizer step on --rows documents of --length tokens (GPU: 2048, every row full, as with packing), the loss on
+every token: forward, loss, backward, gradient norm clipped, AdamW. A forward pass takes a quarter of the rows, as in
+SFTTrainer. Sides:
+  ours           SFTTrainer.step
   transformers   eager attention, AdamW's default loop
   fused          transformers with SDPA attention and fused AdamW, on a GPU under torch.compile
 Interleaved runs, each in a process of its own, hence its own peak memory; one step to warm up (GPU: three), then
@@ -23,121 +23,142 @@ import sys
 import common
 import torch
 
-import sft
+from model import Mistral, adapted
+from sft import SFTOptions, SFTTrainer
 
-DTYPES = {"mistral-7b-random": torch.bfloat16}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def documents(o, vocabulary):
-    return torch.randint(3, vocabulary, (o.rows, o.length), generator=torch.Generator().manual_seed(0)).tolist()
+SIDES = ("ours", "transformers", "fused")
 
 
-def our_step(o):
+def documents(options, vocabulary):
+    g = torch.Generator().manual_seed(0)
+    return torch.randint(3, vocabulary, (options.rows, options.length), generator=g).tolist()
+
+
+def make_our_step(options):
     """Everything of ours is built here: a function that takes one step."""
-    model = common.load_model(o.case, o.device)
-    if o.lora_rank:
-        from model import Adapter
+    model = common.load_model(options.case, options.device)
+    if options.lora_rank:
+        model = adapted(model, options.lora_rank, 2 * options.lora_rank)
+    examples = [(ids, [True] * len(ids)) for ids in documents(options, model.config.vocab_size)]
+    settings = SFTOptions(steps=100000, train_lr=1e-6, batch_tokens=options.rows * options.length)
+    return SFTTrainer(model, examples, settings).step
 
-        model = model.sharing(Adapter(model.model, o.lora_rank, 2 * o.lora_rank))
-    examples = [(ids, [True] * len(ids)) for ids in documents(o, model.config.vocab_size)]
-    return sft.Trainer(model, examples, 100000, 1e-6, o.rows * o.length).step
 
-
-def their_step(o, fused):
-    model = common.load_model(o.case, o.device)
+def make_their_step(options, fused):
+    model = common.load_model(options.case, options.device)
     model = common.as_transformers(model, attention="sdpa" if fused else "eager").train()
-    if o.lora_rank:
+    if options.lora_rank:
         import peft
 
-        model = peft.get_peft_model(
-            model, peft.LoraConfig(r=o.lora_rank, lora_alpha=2 * o.lora_rank, target_modules=TARGETS)
-        )
-    trained = [p.requires_grad_(True) for n, p in model.named_parameters() if not o.lora_rank or "lora_" in n]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
-    run = torch.compile(model) if fused and o.device == "cuda" else model
-    rows = torch.tensor(documents(o, model.config.vocab_size), device=o.device)
+        rank = options.lora_rank
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=common.LORA_TARGETS)
+        model = peft.get_peft_model(model, config)
+    parameters = []
+    for name, parameter in model.named_parameters():
+        if not options.lora_rank or "lora_" in name:
+            parameters.append(parameter.requires_grad_(True))
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
+    call = torch.compile(model) if fused and options.device == "cuda" else model
+    rows = torch.tensor(documents(options, model.config.vocab_size), device=options.device)
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        for part in rows.split(max(1, o.rows // 4)):
-            (run(input_ids=part, labels=part, use_cache=False).loss * len(part) / len(rows)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for part in rows.split(max(1, options.rows // 4)):
+            loss = call(input_ids=part, labels=part, use_cache=False).loss
+            (loss * len(part) / len(rows)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
 
     return step
 
 
-def run_side(o):
+def run_side(options):
     """One child: seconds a step, and its peak memory."""
-    step = our_step(o) if o.child == "ours" else their_step(o, o.child == "fused")
-    common.reset_peak(o.device)
-    for _ in range(3 if o.device == "cuda" else 1):
+    side = options.child
+    step = make_our_step(options) if side == "ours" else make_their_step(options, side == "fused")
+    common.reset_peak(options.device)
+    for _ in range(3 if options.device == "cuda" else 1):
         step()
-    return {"seconds": [common.seconds(step, o.device) for _ in range(o.steps)], **common.memory(o.device)}
+    times = [common.seconds(step, options.device) for _ in range(options.steps)]
+    return {"seconds": times, **common.memory(options.device)}
 
 
-def flops_per_token(o):
+def flops_per_token(options):
     with torch.device("meta"):
-        model = common.Mistral(common.shape_of(o.case))
-    return (4 if o.lora_rank else 6) * sum(w.numel() for w in common.linears(model))
+        model = Mistral(common.shape_of(options.case))
+    return (4 if options.lora_rank else 6) * sum(weight.numel() for weight in common.linears(model))
 
 
-def options(argv=None):
-    p = common.parser(__doc__, ("tiny", "smollm2", "mistral-7b-random"), folder=True)
-    p.add_argument("--length", type=common.positive, help="tokens of a row (CPU 256, GPU 2048)")
-    p.add_argument("--rows", type=common.positive, help="rows a step (tiny 32, else 4)")
-    p.add_argument("--lora-rank", type=common.natural, default=0, help="0: all weights are trained")
-    p.add_argument("--steps", type=common.positive, default=3, help="steps timed in each run")
-    p.add_argument("--repeats", type=common.positive, default=3)
-    p.add_argument("--sides", nargs="+", default=["ours", "transformers", "fused"],
-                   choices=("ours", "transformers", "fused"))  # fmt: skip
-    p.add_argument("--nominal", type=float, default=0.0, help="TFLOP/s of the data sheet")
-    o = common.parse(p, argv)
-    o.length = o.length or (2048 if o.device == "cuda" else 256)
-    o.rows = o.rows or (32 if o.case == "tiny" else 4)
-    return o
+def parse_options(argv=None):
+    parser = common.new_parser(__doc__, ("tiny", "smollm2", common.RANDOM_7B), folder=True)
+    add = parser.add_argument
+    add("--length", type=common.positive, help="tokens of a row (CPU 256, GPU 2048)")
+    add("--rows", type=common.positive, help="rows a step (tiny 32, else 4)")
+    add("--lora-rank", type=common.natural, default=0, help="0: all weights are trained")
+    add("--steps", type=common.positive, default=3, help="steps timed in each run")
+    add("--repeats", type=common.positive, default=3)
+    add("--sides", nargs="+", default=list(SIDES), choices=SIDES)
+    add("--nominal", type=float, default=0.0, help="TFLOP/s of the data sheet")
+    options = common.parse(parser, argv)
+    options.length = options.length or (2048 if options.device == "cuda" else 256)
+    options.rows = options.rows or (32 if options.case == "tiny" else 4)
+    return options
 
 
-def compare(o):
-    runs = {name: [] for name in o.sides}
-    for _ in range(o.repeats):
+def run_sides(options):
+    """{side: its runs}. A side that fails prints a line, and the others go on."""
+    runs = {name: [] for name in options.sides}
+    for _ in range(options.repeats):
         for name in list(runs):
             try:
-                runs[name].append(common.child(name))
+                runs[name].append(common.run_child(name))
             except RuntimeError as error:
-                print(f"train {o.case}: {error}", file=sys.stderr)
-                del runs[name]  # the other sides go on
+                print(f"train {options.case}: {error}", file=sys.stderr)
+                del runs[name]
     if not runs:
-        sys.exit(f"train {o.case}: no side could be run")
-    tokens, flops = o.rows * o.length, flops_per_token(o)
-    peak = common.matmul_peak(o.device, DTYPES.get(o.case, torch.float32))
-    result, speed = {"matmul_peak_tflops": peak / 1e12, "flops_per_token": flops}, {}
-    for name, made in runs.items():
-        speed[name] = [tokens / statistics.median(run["seconds"]) for run in made]
-        figures = {"tokens_per_second": common.spread([tokens / s for run in made for s in run["seconds"]])}
-        figures["mfu"] = figures["tokens_per_second"]["median"] * flops / peak
-        if o.nominal:
-            figures["mfu_nominal"] = figures["tokens_per_second"]["median"] * flops / (o.nominal * 1e12)
-        result[name] = figures | {n: max(run[n] for run in made) for n in made[0] if n.startswith("peak")}
-        peaks = ", ".join(f"{n} {x:.2f}" for n, x in result[name].items() if n.startswith("peak"))
-        print(f"{name}: {figures['tokens_per_second']['median']:.0f} tokens/s, MFU {figures['mfu']:.0%}, {peaks}")
-    if "ours" in speed:
-        peers = {name: common.paired(speed["ours"], s) for name, s in speed.items() if name != "ours"}
+        sys.exit(f"train {options.case}: no side could be run")
+    return runs
+
+
+def describe_side(options, runs, flops, peak):
+    """Figures of one side over all its steps. flops: of a token; peak: FLOP/s of the machine."""
+    tokens = options.rows * options.length
+    speed = common.spread([tokens / s for run in runs for s in run["seconds"]])
+    figures = {"tokens_per_second": speed, "mfu": speed["median"] * flops / peak}
+    if options.nominal:
+        figures["mfu_nominal"] = speed["median"] * flops / (options.nominal * 1e12)
+    return figures | {name: max(run[name] for run in runs) for name in runs[0] if name.startswith("peak")}
+
+
+def compare(options):
+    runs = run_sides(options)
+    flops = flops_per_token(options)
+    peak = common.matmul_peak(options.device, common.dtype_of(options.case))
+    result = {"matmul_peak_tflops": peak / 1e12, "flops_per_token": flops}
+    medians = {}
+    for name in runs:
+        figures = result[name] = describe_side(options, runs[name], flops, peak)
+        medians[name] = [1 / statistics.median(run["seconds"]) for run in runs[name]]
+        peaks = ", ".join(f"{key} {x:.2f}" for key, x in figures.items() if key.startswith("peak"))
+        speed = figures["tokens_per_second"]["median"]
+        print(f"{name}: {speed:.0f} tokens/s, MFU {figures['mfu']:.0%}, {peaks}")
+    ours = medians.pop("ours", None)
+    if ours and medians:
+        peers = {name: common.paired(ours, theirs) for name, theirs in medians.items()}
         result |= {f"ratio_{name}": ratio["median"] for name, ratio in peers.items()}
-        if peers:
-            result["ratio_spread"] = min(peers.values(), key=lambda r: r["median"])
-            result["ratio"] = result["ratio_spread"]["median"]
-            print(f"ratio {result['ratio']:.2f}")
+        result["ratio_spread"] = min(peers.values(), key=lambda ratio: ratio["median"])
+        result["ratio"] = result["ratio_spread"]["median"]
+        print(f"ratio {result['ratio']:.2f}")
     return result
 
 
 def main():
-    o = options()
-    if o.child:
-        return common.answer(run_side(o))
-    asked = {n: getattr(o, n) for n in ("case", "length", "rows", "lora_rank", "steps", "repeats")}
-    common.write_json(o.json, asked | compare(o), o.device)
+    options = parse_options()
+    if options.child:
+        return common.answer(run_side(options))
+    names = ("case", "length", "rows", "lora_rank", "steps", "repeats")
+    settings = {name: getattr(options, name) for name in names}
+    common.write_result(options.json, settings | compare(options), options.device)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ reasons.
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import reprlib
 from collections import Counter
@@ -88,7 +89,7 @@ def dialogue(prompt: str) -> list[dict]:
 
 
 def hh_prompt(messages: list[dict]) -> str:
-    """The HH form of messages, with the cue for the next reply: `dialogue` inverted, a space after every tag."""
+    """The HH form of messages with the cue for the next reply; a space after each tag. Inverts `dialogue`."""
     return hh_text(messages) + ASSISTANT
 
 
@@ -326,9 +327,8 @@ def text_of(value, field: str) -> str:
 def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
     with reading(path, "a file or a folder"):
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        endings_gz = tuple(ending + ".gz" for ending in endings)
-        files = [file for file in files if file.is_file() and file.name.lower().endswith(endings + endings_gz)]
-    files = [file for file in files if not file.name.startswith(".")]
+        files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in files if file.name.lower().removesuffix(".gz").endswith(endings)]
     if not files:
         expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
         count = "none" if path.exists() else "nothing at that path"
@@ -395,30 +395,22 @@ def flan_row(text: str, where: str) -> dict:
     return {"question": question, "answer": f"{rationale}\nThe answer is {answer}."}
 
 
-class Place:
-    """The line of a file that is being read, as messages name it; line 0 is the file itself."""
-
-    def __init__(self, path):
-        self.path = path
-        self.line = 0
-
-    def __str__(self):
-        return f"{self.path}:{self.line}" if self.line else str(self.path)
-
-
 def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, without their ends; a byte order mark and CRLF are taken off."""
-    place = Place(path)
     packed = path.name.lower().endswith(".gz")
-    open_file = gzip.open if packed else open
-    with reading(place, "a whole gzip file" if packed else "a file"), open_file(path, "rb") as file:
-        place.line = 1
-        while raw := file.readline(MAX_LINE + 1):
+    with reading(path, "a file"):
+        file = gzip.open(path) if packed else open(path, "rb")
+    with file:
+        for number in itertools.count(1):
+            where = f"{path}:{number}"
+            with reading(where, "a whole gzip file" if packed else "a file"):
+                raw = file.readline(MAX_LINE + 1)
+            if not raw:
+                return
             if len(raw) > MAX_LINE:
-                raise InputError(f"{place}: expected lines of at most {MAX_LINE} bytes")
-            with reading(place, "UTF-8 text"):
-                text = raw.rstrip(b"\r\n").decode("utf-8-sig" if place.line == 1 else "utf-8")
+                raise InputError(f"{where}: expected lines of at most {MAX_LINE} bytes")
+            with reading(where, "UTF-8 text"):
+                text = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
             if "\0" in text:
-                raise InputError(f"{place}: expected text, found a zero byte as in binary files")
-            yield place.line, text
-            place.line += 1
+                raise InputError(f"{where}: expected text, found a zero byte as in binary files")
+            yield number, text

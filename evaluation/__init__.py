@@ -29,7 +29,7 @@ from support.files import InputError
 class Material:
     """What every model is asked; what is empty is not measured.
 
-    questions: {"prompt", "steps", "answer", "kind"} each; check(steps, answer, text) -> (verified steps, right)
+    questions: {"prompt", "steps", "answer", "kind"} each; check(steps, answer, text) -> (verified, right)
     tasks: {name: items of tasks.py}; dialogues: MT-Bench's questions
     prompts: {"prompt", "group"} each, continued `samples` times and searched for `words`
     """

@@ -1,4 +1,4 @@
-"""General tasks by log-likelihood, scored as by lm-evaluation-harness (item by item equal: tests/test_tasks.py).
+"""General tasks by log-likelihood, scored as lm-evaluation-harness does (tests/test_tasks.py: equal by item).
 
 The tokens of a choice are those that context + choice has beyond the context's own. `acc` takes the choice
 with the highest summed logprob, `acc_norm` divides it by the choice's characters first, `acc_bytes` by its
@@ -39,7 +39,7 @@ def encode_pair(tokenizer, context, continuation, max_length):
 def loglikelihoods(model, tokenizer, texts, batch_tokens=0):
     """Summed logprobs (N,) in nats of continuations; `texts` holds (context, continuation) pairs.
 
-    A context runs once, whatever the number of its continuations, and so does what several contexts begin with
+    A context runs once, whatever the number of its continuations, and so does the start of several contexts
     (the shots of a subject): their keys and values are copied. `batch_tokens` bounds the keys in the cache; a
     CPU gains nothing by wide batches and loses by padding."""
     if not batch_tokens:
@@ -78,7 +78,7 @@ def new_cache(model, batch, columns):
 
 
 def common_starts(columns, window, least=64, together=4):
-    """[(length of the common start, contexts)] of `columns`, {context (a tuple of ids): columns in the cache}.
+    """[(length of the common start, contexts)] of `columns`, {context (id tuple): columns in the cache}.
 
     At least `together` contexts that share their first `least` ids form a group, all others one with 0, and
     those that outgrow `window` with them: padding behind a copied start would be a gap in the row."""

@@ -30,9 +30,9 @@ def read_questions(path):
     for where, row in rows_of_file(Path(path)):
         with reading(where, "question_id, category and turns"):
             category = str(row["category"])
-            question = {"question_id": row["question_id"], "category": category, "turns": texts_of(row["turns"])}
-            more = {"references": references.get(row["question_id"]), "group": category}
-        questions.append(question | more)
+            question_id = row["question_id"]
+            question = {"question_id": question_id, "category": category, "turns": texts_of(row["turns"])}
+        questions.append(question | {"references": references.get(question_id), "group": category})
     return questions
 
 
@@ -64,7 +64,7 @@ def write_answers(path, model, questions, answers):
 
 def write_judgements(path, judge, model, turns, judgements):
     """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call, and
-    returns {(question_id, turn): score}. In the file -1 stands for no score; FastChat's tools leave it out."""
+    returns {(question_id, turn): score}. -1 in the file is no score, which FastChat leaves out."""
     rows = []
     scores = {}
     if path.exists():
@@ -81,7 +81,7 @@ def write_judgements(path, judge, model, turns, judgements):
 
 
 def converse(speaker, questions, max_new_tokens, seed=0):
-    """[[(ids, ended) of each turn] of each question]; a turn comes after those before it and their answers."""
+    """[[(ids, ended) of each turn] of each question]; each turn is asked with those before it answered."""
     histories = [speaker.front() for _ in questions]
     answers = [[] for _ in questions]
     temperatures = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
@@ -121,7 +121,7 @@ def measure(speaker, material, score):
 
 
 def evaluate_stored(path, material, score=None):
-    """`evaluate` of answers in a file of FastChat's; `score` gets texts. InputError if it answers no question."""
+    """`evaluate` of the answers in a file of FastChat's; `score` gets texts. InputError if there are none."""
     answers = read_answers(path)
     records = {"answers": []}
     for question in material.dialogues:
@@ -153,8 +153,8 @@ def question_means(numbers):
 
 
 class Turn(str):
-    """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in, ready to be
-    sent to a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn`
+    """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in, ready
+    for a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn`
     (1 or 2), `messages` (up to the question), `answer`, `reference` (or None), `prompt_name`."""
 
     @property
@@ -217,7 +217,7 @@ def make_turn(question, texts, index, prompts):
 
 
 def rating(judgement):
-    """The score in a judge's words by FastChat's rule: the first [[8]] or [8], else None; a number is its own.
+    """The score in a judge's words by FastChat's rule: the first [[8]] or [8] or None; a number is its own.
 
     >>> rating("Correct but short. Rating: [[7.5]]")
     7.5

@@ -1,13 +1,15 @@
-"""The stages that only look at models: `eval`, `report` and `chat`, and what `fine` measures of each merge."""
+"""The stages that only look at models: `eval`, `report` and `chat`; what `fine` measures of each merge, and what plus and
+coarse keep of their samples."""
 
 import random
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
-from data import dialogue, read_prompts, world
+from data import dialogue, dialogue_text, read_prompts, world
 from evaluation import Material, evaluate, load_tasks, public_tasks
 from evaluation.answers import redundancy, respond
 from evaluation.mt_bench import evaluate_stored, judge_models, judge_prompts
@@ -19,6 +21,7 @@ from model import Mistral
 from run.folder import NEEDS, forget
 from run.monitors import MONITORS
 from run.user import import_function
+from support.figures import mean
 from support.files import read_json, write_json, write_lines
 from support.options import option, split_pairs
 
@@ -42,6 +45,28 @@ class EvaluationOptions:
 
     def check(self):
         split_pairs(self.models, "models")
+
+
+# ---------------------------------------------------------------- plus and coarse: what is looked at in a step
+
+
+def log_samples(run, tokenizer, samples, second_score):
+    """Writes the first samples of a step to samples.jsonl, and sometimes prints one. Returns metrics of all of them."""
+    step = run.done + 1
+    for number, sample in enumerate(samples[:3]):
+        prompt = dialogue_text(sample.dialogue)
+        response = tokenizer.decode(sample.response)
+        figures = {"score": round(sample.score, 3), "kl": round(sample.kl, 2)}
+        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": response} | figures)
+        if number == 0 and step % 10 == 1:
+            text = f"{prompt[-60:].strip()} -> {response[:160]}"
+            tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
+    texts = [tokenizer.decode(sample.response) for sample in samples]
+    metrics = {"redundancy": mean(torch.tensor([redundancy(text) for text in texts]))}
+    if second_score:
+        scores = second_score([s.dialogue for s in samples], [s.response for s in samples])
+        metrics["second_score"] = mean(scores)
+    return metrics
 
 
 # ---------------------------------------------------------------- fine: what is measured of a merge

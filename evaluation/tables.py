@@ -29,7 +29,7 @@ def wilson(successes, n, z=1.959964):
 
 
 def interval(values, resamples=1000, seed=0):
-    """(mean, 95% interval [low, high]) of per-item values: Wilson's for True and False, else the bootstrap's."""
+    """(mean, 95% interval [low, high]) of values: Wilson's if all are True or False, else the bootstrap's."""
     n = len(values)
     if all(isinstance(value, bool) for value in values):
         mean = sum(values) / n
@@ -133,3 +133,12 @@ def markdown(rows):
     for row in rows:
         text += "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths)) + " |\n"
     return text
+
+
+def sweep_table(sweep):
+    """{gamma: {metric: value}} as a table, gammas down."""
+    metrics = list(next(iter(sweep.values())))
+    rows = [["gamma", *metrics]]
+    for gamma, values in sweep.items():
+        rows.append([str(gamma)] + [f"{values[metric]:.3f}" for metric in metrics])
+    return markdown(rows)

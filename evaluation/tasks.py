@@ -27,8 +27,8 @@ from support.files import InputError, reading
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the table: `files` is a pattern below the benchmarks folder, `read(path)` gives [Group], `shots`
-    is the default number of solved examples, `metric` the accuracy that counts."""
+    """`files` is a pattern below the benchmarks folder, `read(path)` gives [Group], `shots` is the default
+    number of solved examples, `metric` the accuracy that counts."""
 
     files: str
     read: Callable

@@ -18,9 +18,8 @@ from run import checkpoint
 from run.exits import Failed, Stopped, stop_signals
 from support import processes
 from support.files import InputError, read_json, sync, write_json, write_lines
-from support.options import flag
-from tokenizer import load_tokenizer
-from tokenizer.export import companions
+from support.options import flag, option
+from tokenizer import TEMPLATES, companions, load_tokenizer
 from weights import fingerprint, is_model, locate, read_config
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -33,6 +32,52 @@ NEEDS = {  # the stages whose folders a stage reads
     "fine": ("coarse", "sft"),
     "eval": ("sft", "plus", "coarse", "fine"),
 }
+
+
+INPUTS = {  # the options that a stage cannot do without
+    "sft": ("model", "instructions"),
+    "reward": ("model", "preferences"),
+    "plus": ("model", "prompts"),
+    "coarse": ("model", "prompts"),
+    "chat": ("model",),
+}
+
+
+@dataclasses.dataclass
+class RunOptions:
+    TITLE = "the run"
+
+    out: str = option("", "run folder (default runs/PRESET)")
+    template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
+    device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    dtype: str = option(
+        "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16", "float16")
+    )
+    threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
+    overwrite: bool = option(False, "do a stage again whose folder has work in it")
+    resume: bool = option(False, "keep the finished stages of --out, go on inside an interrupted one, do the rest")
+    save_every: int = option(50, "steps between checkpoints to resume from; 0: only when a signal stops it", least=0)
+    max_skipped: int = option(5, "steps in a row with gradients that are not finite, after which it stops", least=1)
+    debug: bool = option(False, "show the traceback of an error")
+
+    def check(self):
+        if self.resume and self.overwrite:
+            raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
+
+
+def require_inputs(options, stage):
+    for name in INPUTS.get(stage, ()):
+        if not getattr(options, name):
+            raise InputError(f"{flag(name)}: needed by this stage with this preset")
+
+
+def missing_stages(options, stage):
+    """The stages whose output `stage` reads and that is neither there nor replaced by something of the user's."""
+    replaced_by = {"reward": options.reward_model or options.score, "sft": options.sft_model}
+    if stage == "eval":
+        replaced_by = dict.fromkeys(NEEDS["eval"], options.models)
+    needs = NEEDS.get(stage, ())
+    return [earlier for earlier in needs if not is_finished(options.out, earlier) and not replaced_by.get(earlier)]
 
 
 def target(folder, stage):
@@ -318,7 +363,15 @@ class Run:
         write_json(path, {"inputs": inputs, "value": value})
         return checkpoint.unpack(value, {})
 
-    # ---------------------------------------------------------------- models
+    # ---------------------------------------------------------------- models and data
+
+    def read_rows(self, reader, name):
+        """What a reader of data finds at the path that the option `name` gives, a list. Prints what it left out."""
+        rows = reader(getattr(self.options, name))
+        items = list(rows)
+        for reason, count in rows.skipped.items():
+            print(f"{flag(name)}: {count} rows left out, with {reason}")
+        return items
 
     def tokenizer(self, folder):
         """The tokenizer in a model's folder. Refused where the model has no embedding for some of its tokens."""
