@@ -15,10 +15,8 @@ metrics.jsonl. The maths is in model.py, reward.py, sft.py, ppo.py, length.py an
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import merge
 from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
@@ -26,7 +24,7 @@ from evaluation.stages import EvaluationOptions, chat, evaluate_models, log_samp
 from evaluation.tables import sweep_table
 from generation import Sampling
 from length import LimitOptions, make_limit
-from model import Config, Mistral, ScalarModel, adapted, fill, initialize
+from model import Config, Mistral, ScalarModel, adapted, initialize
 from ppo import PPOOptions, PPOTrainer, Prompt, Roles
 from reward import RewardModel, RewardOptions, RewardTrainer, accuracy, encode_pair
 from run.exits import STATUSES, Stopped, explain
@@ -102,20 +100,20 @@ class Options(RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, m
     second_score: str = option("", "module:function, logged as second_score and never trained on")
 
 
-def resolve(given, stage):
+def resolve(arguments, stage):
     """The options of one stage: defaults, the preset's, the stage's, and on top what the user gave."""
-    preset = PRESETS[given.get("preset", "tiny")]
-    options = Options(**(preset["common"] | preset.get(stage, {}) | given))
+    preset = PRESETS[arguments.get("preset", "tiny")]
+    options = Options(**(preset["common"] | preset.get(stage, {}) | arguments))
     if stage == "pretrain" and options.preset != "tiny":
         raise InputError(f"--stage pretrain: it makes the tiny preset's base, {options.preset} has one already: --model")
     options.out = options.out or f"runs/{options.preset}"
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    if stage == "chat" and "model" not in given and is_finished(options.out, "fine"):
+    if stage == "chat" and "model" not in arguments and is_finished(options.out, "fine"):
         options.model = str(target(options.out, "fine"))
     check(options)
     check_device(options.device)
-    return resume_options(options, given, stage) if options.resume else options
+    return resume_options(options, arguments, stage) if options.resume else options
 
 
 # ---------------------------------------------------------------- stages
@@ -268,24 +266,9 @@ def make_fine(run):
     options = run.options
     coarse = run.folder / "coarse"
     instruct = options.sft_model or run.folder / "sft"
-    tokenizer = run.tokenizer(coarse)
-    model = Mistral.from_pretrained(coarse, options.device, run.dtype)
-    evaluate_merge = sweep_evaluator(run, tokenizer)
+    evaluate = sweep_evaluator(run, coarse)
     run.start()
-    bar = tqdm(total=len(options.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
-
-    def evaluate(gamma, tensors):
-        def fill_and_evaluate():
-            fill(model, tensors)
-            return evaluate_merge(model)
-
-        values = run.once(f"gamma-{gamma}", fill_and_evaluate)
-        bar.update()
-        bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{name} {v:.3f}" for name, v in values.items()))
-        return values
-
     results = merge.sweep(coarse, instruct, options.gammas, evaluate)
-    bar.close()
     merge.merge_checkpoints(coarse, instruct, run.target, options.gamma)
     write_json(run.folder / "sweep.json", results)
     forget(run.folder, run.stage)
@@ -301,16 +284,16 @@ WORK = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": 
 # fmt: on
 
 
-def run_stage(given, stage, lock):
+def run_stage(arguments, stage, lock):
     """One stage, and on the tiny preset those before it whose output is missing."""
-    options = resolve(given, stage)
+    options = resolve(arguments, stage)
     run = Run(options, stage, lock)
     for earlier in missing_stages(options, stage):
         if options.preset != "tiny":
             command = f"python c2f.py --stage {earlier} --preset {options.preset} --out {run.folder} ..."
             raise InputError(f"--stage {stage}: {run.folder / earlier} is missing; {command} makes it")
         print(f"{stage} needs {run.folder / earlier}, which is missing: running --stage {earlier} first")
-        run_stage({name: value for name, value in given.items() if name != "steps"}, earlier, lock)
+        run_stage({name: value for name, value in arguments.items() if name != "steps"}, earlier, lock)
     require_inputs(options, stage)
     processes.set_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -323,28 +306,28 @@ def run_stage(given, stage, lock):
         print(f"{stage}: {time.time() - start:.0f} s", flush=True)
 
 
-def run_stages(given, stage, lock):
+def run_stages(arguments, stage, lock):
     """The stage asked for, or all; with --resume those that are finished are kept."""
-    folder = given.get("out") or f"runs/{given.get('preset', 'tiny')}"
+    folder = arguments.get("out") or f"runs/{arguments.get('preset', 'tiny')}"
     for each in IN_ALL if stage == "all" else (stage,):
-        if given.get("resume") and is_finished(folder, each) and each not in ("eval", "report"):
+        if arguments.get("resume") and is_finished(folder, each) and each not in ("eval", "report"):
             print(f"{each}: kept, {target(folder, each)} is finished")
             forget(folder, each)
         else:
-            run_stage(given, each, lock)
+            run_stage(arguments, each, lock)
 
 
 def main(argv=None):
     """Runs a command line. Returns its exit status: 0; 2 for a mistake in options or input; 1 for what went wrong on
     the way; 130 and 143 after SIGINT and SIGTERM. Every error takes one line on stderr."""
-    given = vars(build_parser(Options, "c2f.py", __doc__, STATUSES).parse_args(argv))
+    arguments = vars(build_parser(Options, "c2f.py", __doc__, STATUSES).parse_args(argv))
     lock = Lock()
     try:
-        given |= processes.join(given.get("device", ""))
-        run_stages(given, given.get("stage", "all"), lock)
+        arguments |= processes.join(arguments.get("device", ""))
+        run_stages(arguments, arguments.get("stage", "all"), lock)
         return 0
     except (Exception, KeyboardInterrupt) as error:
-        if given.get("debug") and not isinstance(error, Stopped):
+        if arguments.get("debug") and not isinstance(error, Stopped):
             raise
         status, line = explain(error)
         processes.report_failure(error, status, f"c2f.py: {line}")

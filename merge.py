@@ -37,12 +37,12 @@ def merged(coarse, sft, gamma):
     """(name, tensor) of the merge of two `Weights`, in coarse's dtypes, one at a time."""
     for name in coarse.names:
         dtype = coarse.dtype(name)
-        if gamma == 1:  # 1 * a + 0 * b would lose the sign of a zero, and all of an infinity
-            yield name, coarse.read(name).to(dtype)
+        if gamma == 1:  # 1 * a + 0 * b would lose the sign of a zero
+            yield name, coarse.read(name)
         elif gamma == 0:
             yield name, sft.read(name).to(dtype)
         else:
-            yield name, (gamma * coarse.read(name).float() + (1 - gamma) * sft.read(name).float()).to(dtype)
+            yield name, (gamma * coarse.exact(name) + (1 - gamma) * sft.exact(name)).to(dtype)
 
 
 def merge_checkpoints(coarse, sft, out, gamma):

@@ -25,6 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from generation import generate, visible  # noqa: F401  (`generate` is part of this module's contract)
+from support.cpu import linear
 from support.processes import whole
 from weights import Weights, adapter_files, locate, save_folder
 
@@ -108,7 +109,7 @@ class Linear(nn.Linear):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
 
     def forward(self, x):
-        y = F.linear(x, self.weight)
+        y = linear(x, self.weight)
         if self.A is None:
             return y
         return y + F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))

@@ -60,7 +60,7 @@ class RewardModel(ScalarModel):
         if not has_adapter(folder):
             return None
         settings, tensors = read_adapter(folder)
-        if settings["base_fingerprint"] != fingerprint(base.source):
+        if settings["fingerprint"] != fingerprint(base.source):
             return None
         model = cls.over(adapted(base, settings["r"], settings["lora_alpha"]))
         with torch.no_grad():

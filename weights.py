@@ -258,6 +258,10 @@ class Weights:
             raise InputError(f"{self.folder}: {name} has NaN or infinite values")
         return tensor
 
+    def exact(self, name):
+        """The tensor `name` in fp32, as exact as the folder has it."""
+        return self.read(name).float()
+
     def check_shapes(self, shapes, optional=()):
         """InputError where the folder lacks a tensor of `shapes`, {name: shape}, or has it in another shape."""
         for name, shape in shapes.items():
@@ -272,28 +276,25 @@ class Weights:
 
 
 class Unfolded(Weights):
-    """A folder whose weights a stage has folded adapters into, read as base + alpha / r B A in fp32: folding rounded
-    the weights to bf16, where small changes are lost."""
+    """A folder whose weights a stage has folded adapters into. Folding has rounded them to bf16, where small changes are
+    lost; exact is base + alpha / r B A in fp32."""
 
     def __init__(self, folder):
         super().__init__(folder)
         settings, self.adapter = read_adapter(self.folder)
         self.scale = settings["lora_alpha"] / settings["r"]
         self.base = Weights(locate(settings["base_model_name_or_path"]))
-        if fingerprint(self.base.folder) != settings["base_fingerprint"]:
+        if fingerprint(self.base.folder) != settings["fingerprint"]:
             other = f"{self.base.folder} holds other weights than those it was trained over"
             raise InputError(f"{self.folder / ADAPTER}: {other}")
 
-    def read(self, name):
-        if name not in self.base.names:
-            return super().read(name)
-        tensor = self.base.read(name)
+    def exact(self, name):
         layer = name.removesuffix(".weight")
         A = self.adapter.get(ADAPTER_NAME.format(layer, "A"))
         if A is None:
-            return tensor
+            return super().exact(name)
         B = self.adapter[ADAPTER_NAME.format(layer, "B")]
-        return tensor.float() + self.scale * B.float() @ A.float()
+        return self.base.exact(name) + self.scale * B.float() @ A.float()
 
 
 def has_adapter(folder):
@@ -326,14 +327,23 @@ def adapter_files(layers, head, source):
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     rank = len(layer.A)
     config |= {"r": rank, "lora_alpha": layer.scale * rank, "target_modules": sorted({n.split(".")[-1] for n in layers})}
-    config |= {"base_model_name_or_path": str(source), "base_fingerprint": fingerprint(source)}
-    return [(f"{ADAPTER}/adapter_config.json", config), (f"{ADAPTER}/adapter_model.safetensors", tensors)]
+    config["base_model_name_or_path"] = str(Path(source).resolve())
+    return [
+        (f"{ADAPTER}/adapter_config.json", config),
+        (f"{ADAPTER}/adapter_model.safetensors", tensors),
+        (f"{ADAPTER}/base.json", {"fingerprint": fingerprint(source)}),
+    ]
 
 
 def read_adapter(folder):
-    """(adapter_config.json, {name: tensor}) of the adapters in a model folder."""
+    """(settings, {name: tensor}) of the adapters in a model folder: adapter_config.json with the base's fingerprint."""
     path = Path(folder) / ADAPTER
-    return read_json(path / "adapter_config.json"), read_tensors(path / "adapter_model.safetensors")
+    settings = read_json(path / "adapter_config.json")
+    for name in ("r", "lora_alpha", "base_model_name_or_path"):
+        if name not in settings:
+            raise InputError(f"{path / 'adapter_config.json'}: no {name}, which the adapters that c2f.py saves have")
+    settings["fingerprint"] = read_json(path / "base.json").get("fingerprint")
+    return settings, read_tensors(path / "adapter_model.safetensors")
 
 
 def open_parents(coarse, sft):
@@ -389,7 +399,7 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
         write_json(temporary / "config.json", config)
         for path in temporary.glob("*.safetensors"):
             shutil.copymode(temporary / "config.json", path)  # safetensors lets nobody but the owner read
-        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         write_json(temporary / "generation_config.json", {key: i for key, i in ids.items() if i is not None})
         for file in files:
             _write_beside(temporary, file)

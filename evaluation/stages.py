@@ -17,7 +17,7 @@ from evaluation.pictures import draw_report, draw_results
 from evaluation.tables import write_results
 from evaluation.tasks import first
 from evaluation.toxicity import read_words
-from model import Mistral
+from model import Mistral, fill
 from run.folder import NEEDS, forget
 from run.monitors import MONITORS
 from run.user import import_function
@@ -52,55 +52,74 @@ class EvaluationOptions:
 
 def log_samples(run, tokenizer, samples, second_score):
     """Writes the first samples of a step to samples.jsonl, and sometimes prints one. Returns metrics of all of them."""
-    step = run.done + 1
-    for number, sample in enumerate(samples[:3]):
-        prompt = dialogue_text(sample.dialogue)
-        response = tokenizer.decode(sample.response)
-        figures = {"score": round(sample.score, 3), "kl": round(sample.kl, 2)}
-        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": response} | figures)
-        if number == 0 and step % 10 == 1:
-            text = f"{prompt[-60:].strip()} -> {response[:160]}"
-            tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
     texts = [tokenizer.decode(sample.response) for sample in samples]
     metrics = {"redundancy": mean(torch.tensor([redundancy(text) for text in texts]))}
     if second_score:
         scores = second_score([s.dialogue for s in samples], [s.response for s in samples])
         metrics["second_score"] = mean(scores)
+    step = run.done + 1
+    for number, sample in enumerate(samples[:3]):
+        prompt = dialogue_text(sample.dialogue)
+        response = texts[number]
+        figures = {"score": round(sample.score, 3), "kl": round(sample.kl, 2)}
+        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": response} | figures)
+        if number == 0 and step % 10 == 1:
+            text = f"{prompt[-60:].strip()} -> {response[:160]}"
+            tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
     return metrics
 
 
 # ---------------------------------------------------------------- fine: what is measured of a merge
 
 
-def sweep_evaluator(run, tokenizer):
-    """evaluate(model) -> {metric: value} of a merge. On the tiny world it counts correct answers; elsewhere it asks the
-    reward model about 16 of --prompts; and it always looks at endings, redundancy and length."""
+def sweep_evaluator(run, folder):
+    """evaluate(gamma, tensors) -> {metric: value} of a merge, which takes the place of the model in `folder` in memory."""
     options = run.options
+    tokenizer = run.tokenizer(folder)
+    model = Mistral.from_pretrained(folder, options.device, run.dtype)
     score = run.scorer(tokenizer, ends=False)
     questions = world.load("validation.jsonl") if options.preset == "tiny" else []
+    dialogues = [dialogue(question["prompt"]) for question in questions] or validation_dialogues(options, tokenizer)
+    bar = tqdm(total=len(options.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
+
+    def evaluate(gamma, tensors):
+        def fill_and_measure():
+            fill(model, tensors)
+            answers = respond(model, tokenizer, dialogues, options.max_new_tokens, seed=options.seed)
+            return measure_merge(tokenizer, dialogues, answers, questions, score)
+
+        values = run.once(f"gamma-{gamma}", fill_and_measure)
+        bar.update()
+        bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{name} {v:.3f}" for name, v in values.items()))
+        if bar.n == bar.total:
+            bar.close()
+        return values
+
+    return evaluate
+
+
+def validation_dialogues(options, tokenizer):
+    """Some of --prompts, where the world has no validation set."""
+    dialogues = [dialogue(text) for text in read_prompts(options.prompts)]
+    dialogues = [d for d in dialogues if len(tokenizer.encode_chat(d)) <= options.max_prompt]
+    return random.Random(options.seed).sample(dialogues, min(VALIDATION_PROMPTS, len(dialogues)))
+
+
+def measure_merge(tokenizer, dialogues, answers, questions, score):
+    """{metric: mean} of answers [(ids, ended)]: correct answers where the questions are known, the reward where there is
+    a reward model, endings, redundancy and length."""
+    texts = [tokenizer.decode(ids) for ids, _ in answers]
+    values = {}
     if questions:
-        dialogues = [dialogue(question["prompt"]) for question in questions]
-    else:
-        dialogues = [dialogue(text) for text in read_prompts(options.prompts)]
-        dialogues = [d for d in dialogues if len(tokenizer.encode_chat(d)) <= options.max_prompt]
-        dialogues = random.Random(options.seed).sample(dialogues, min(VALIDATION_PROMPTS, len(dialogues)))
-
-    def evaluate_merge(model):
-        answers = respond(model, tokenizer, dialogues, options.max_new_tokens, seed=options.seed)
-        texts = [tokenizer.decode(ids) for ids, _ in answers]
-        values = {}
-        if questions:
-            checks = [world.check(q["steps"], q["answer"], " " + text) for q, text in zip(questions, texts)]
-            values["accuracy"] = [is_right for _, is_right in checks]
-        if score:
-            endings = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
-            values["reward"] = score(dialogues, endings).tolist()
-        values["ended_rate"] = [ended for _, ended in answers]
-        values["redundancy"] = [redundancy(text) for text in texts]
-        values["length"] = [len(ids) for ids, _ in answers]
-        return {name: sum(v) / len(v) for name, v in values.items()}
-
-    return evaluate_merge
+        checks = [world.check(q["steps"], q["answer"], " " + text) for q, text in zip(questions, texts)]
+        values["accuracy"] = [is_right for _, is_right in checks]
+    if score:
+        endings = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
+        values["reward"] = score(dialogues, endings).tolist()
+    values["ended_rate"] = [ended for _, ended in answers]
+    values["redundancy"] = [redundancy(text) for text in texts]
+    values["length"] = [len(ids) for ids, _ in answers]
+    return {name: sum(v) / len(v) for name, v in values.items()}
 
 
 # ---------------------------------------------------------------- eval

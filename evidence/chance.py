@@ -15,28 +15,33 @@ from model import Mistral, generate
 from tokenizer import load_tokenizer
 
 
-def correct(model, tokenizer, questions, beginning):
-    """Share of `questions` that are answered right when the reply begins with `beginning(question)`."""
-    begun = [beginning(q) for q in questions]
-    prompts = [tokenizer.encode(world.dialogue(q.text, b), bos=True) for q, b in zip(questions, begun)]
+def share_right(model, tokenizer, questions, starts):
+    """Share of `questions` that are answered rightly when the reply to each begins with the text in `starts`."""
+    prompts = [tokenizer.encode(world.dialogue(q.text, start), bos=True) for q, start in zip(questions, starts)]
     replies = generate(model, prompts, 128, temperature=0, eos_id=tokenizer.eos_id)
-    texts = [f"{b} {tokenizer.decode(r)}" for b, r in zip(begun, replies)]
-    return sum(world.check(q.steps, q.answer, t)[1] for q, t in zip(questions, texts)) / len(questions)
+    right = 0
+    for question, start, ids in zip(questions, starts, replies):
+        _, is_right = world.check(question.steps, question.answer, f"{start} {tokenizer.decode(ids)}")
+        right += is_right
+    return right / len(questions)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument("--model", default="data/tiny/base")
     parser.add_argument("--questions", type=int, default=100)
-    o = parser.parse_args()
-    model, tokenizer = Mistral.from_pretrained(o.model), load_tokenizer(o.model)
+    options = parser.parse_args()
+    model = Mistral.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     print("kind    steps  at once  step by step  chance")
     for kind in world.KINDS:
         for n in range(1, 7):
             rng = random.Random(f"chance {kind} {n}")
-            questions = [world.draw_question(rng, n, kind) for _ in range(o.questions)]
-            at_once = correct(model, tokenizer, questions, lambda q: " The answer is")
-            stepwise = correct(model, tokenizer, questions, lambda q: " " + q.steps[0].split()[0])
+            questions = [world.draw_question(rng, n, kind) for _ in range(options.questions)]
+            at_once = share_right(model, tokenizer, questions, [" The answer is"] * len(questions))
+            first_words = [" " + question.steps[0].split()[0] for question in questions]
+            stepwise = share_right(model, tokenizer, questions, first_words)
             print(f"{kind:7} {n:5}  {at_once:7.2f}  {stepwise:12.2f}  {1 / len(questions[0].choices):6.2f}")
 
 

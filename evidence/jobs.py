@@ -1,12 +1,12 @@
-"""Jobs with a cache: each is one command line, named by a hash of all that determines what it leaves.
+"""Jobs with a cache: each is one command line, named by a hash of all that determines its output.
 
-A `Job` is a stage (of c2f.py, or of stages.py), a seed and options, whose values may be other jobs: then the
-command gets the file or folder that those leave. Two experiments that ask for the same job get one folder, and a set
-that was stopped goes on where it was: finished folders are kept, c2f.py goes on inside an interrupted stage.
+A `Job` is a stage (of c2f.py, or of stages.py), a seed and options, whose values may be other jobs: then the command
+gets the file or folder that those leave. Two experiments that ask for the same job get one folder, and a set that was
+stopped goes on where it was: finished folders stay, and c2f.py resumes an interrupted stage.
 
     cache/coarse-1f0c94d2a7b3/        the run folder of one job
         job.json                      its stage, seed and command; once it is finished the CPU `seconds` that it took
-        log.txt                       what it said
+        log.txt                       what it printed
 """
 
 import functools
@@ -25,10 +25,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from support.files import read_json, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of stages.py
-LEAVES = {
+OUTPUTS = {
     "pairs": "pairs.jsonl",
     "task": "task.jsonl",
     "ask": "ask.json",
@@ -36,7 +38,7 @@ LEAVES = {
     "best": "chosen.jsonl",
     "grow": "coarse",
     "fit": "weights.json",
-}  # what a stage leaves in its folder that others read; else a model folder of its own name
+}  # what a stage leaves in its folder for others; else a model folder of its own name
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",
     "sft": "--steps 2 --batch-tokens 256",
@@ -46,10 +48,26 @@ SMALL = {
 }  # --smoke: put behind the options, where they win; the other own stages have a --smoke of their own
 
 
+def jobs_in(value):
+    """The jobs in the value of an option."""
+    if isinstance(value, Job):
+        return [value]
+    if isinstance(value, tuple):
+        return [job for item in value for job in jobs_in(item)]
+    return []
+
+
+def with_keys(value):
+    """The value of an option as JSON, each job by its key."""
+    if isinstance(value, tuple):
+        return [with_keys(item) for item in value]
+    return value.key if isinstance(value, Job) else value
+
+
 @dataclass(frozen=True, eq=False)
 class Job:
     """options: ((name, value), ...); a value is a number, text, True or False (a flag), a Job, or a tuple of Jobs, of
-    texts, or of pairs (NAME, Job or text), which are told as NAME=PATH."""
+    texts, or of pairs (NAME, Job or text), which the command gets as NAME=PATH."""
 
     stage: str
     seed: int
@@ -59,21 +77,14 @@ class Job:
     @functools.cached_property
     def needs(self):
         """The jobs whose output this one reads."""
-
-        def jobs(v):
-            return [v] if isinstance(v, Job) else [j for x in v for j in jobs(x)] if isinstance(v, tuple) else []
-
-        return tuple(jobs(self.options))
+        return tuple(jobs_in(self.options))
 
     @functools.cached_property
     def key(self):
         """Hash of the stage, its seed, its options, those of the jobs it reads, and the bundled world."""
-
-        def named(v):
-            return [named(x) for x in v] if isinstance(v, tuple) else v.key if isinstance(v, Job) else v
-
-        told = [self.stage, self.seed, [(n, named(v)) for n, v in sorted(self.options)], self.smoke, world_digest()]
-        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+        options = [(name, with_keys(value)) for name, value in sorted(self.options)]
+        content = [self.stage, self.seed, options, self.smoke, world_digest()]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
     def __eq__(self, other):
         return self.key == other.key
@@ -81,55 +92,61 @@ class Job:
     def __hash__(self):
         return hash(self.key)
 
+    def __str__(self):
+        return f"{self.stage} {self.key} seed {self.seed}"
+
     def folder(self, cache):
         return cache / f"{self.stage}-{self.key}"
 
     def output(self, cache):
-        return self.folder(cache) / LEAVES.get(self.stage, self.stage)
+        return self.folder(cache) / OUTPUTS.get(self.stage, self.stage)
 
     def command(self, cache):
         """The argument list that runs it, from the repository root."""
-        own, rest = self.stage in OWN, []
-
-        def told(v):
-            path = v[1] if isinstance(v, tuple) else v
-            path = str(path.output(cache) if isinstance(path, Job) else path)
-            return f"{v[0]}={path}" if isinstance(v, tuple) else path
-
+        is_own = self.stage in OWN
+        command = ["evidence/stages.py", self.stage] if is_own else ["c2f.py", "--stage", self.stage]
+        command += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
         for name, value in self.options:
-            flag = "--" + name.replace("_", "-")
+            flag = name.replace("_", "-")
             if isinstance(value, bool):
-                rest.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, tuple):
-                rest += [flag, *map(told, value)]
+                command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                rest += [flag, told(value)]
-        head = ["evidence/stages.py", self.stage] if own else ["c2f.py", "--stage", self.stage]
-        head += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
-        if self.stage == "grow" or not own:
-            rest += ["--threads", "1"] + ["--resume"] * (not own)
+                values = value if isinstance(value, tuple) else (value,)
+                command += [f"--{flag}", *(as_argument(item, cache) for item in values)]
+        if not is_own:
+            command += ["--threads", "1", "--resume"]
+        elif self.stage == "grow":
+            command += ["--threads", "1"]
         if self.smoke:
-            rest += SMALL.get(self.stage, "--smoke" if own else "").split()
-        return [sys.executable, *head, *rest]
+            command += SMALL.get(self.stage, "--smoke" if is_own else "").split()
+        return [sys.executable, *command]
 
     def record(self, cache):
         """job.json of its folder, {} where it has never been started."""
         path = self.folder(cache) / "job.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def done(self, cache):
         return "seconds" in self.record(cache) and self.output(cache).exists()
 
 
+def as_argument(value, cache):
+    """A value of an option, or a pair (NAME, value), as the command line has it; of a job the path of its output."""
+    if isinstance(value, tuple):
+        name, value = value
+        return f"{name}={as_argument(value, cache)}"
+    return str(value.output(cache) if isinstance(value, Job) else value)
+
+
 @functools.cache
 def world_digest():
-    """Hash of the bundled world's files, base weights included: what every job reads without saying so."""
+    """Hash of the bundled world's files, base weights included: what every job reads without an option for it."""
     files = sorted(p for p in (ROOT / "data/tiny").rglob("*") if p.is_file())
     return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:12]
 
 
 def closure(jobs):
-    """The jobs and all that they read, each once, what is read before what reads it."""
+    """The jobs and all that they read, each once, every job behind those that it reads."""
     order = {}
 
     def visit(job):
@@ -145,56 +162,57 @@ def closure(jobs):
 
 def priorities(jobs, seconds):
     """{job: seconds of the longest chain that begins with it}: what others wait for longest goes first."""
-    order, chain = closure(jobs), {}
-    readers = {j: [r for r in order if j in r.needs] for j in order}
+    order = closure(jobs)
+    chain = {}
     for job in reversed(order):
-        chain[job] = seconds(job) + max((chain[r] for r in readers[job]), default=0.0)
+        readers = [chain[reader] for reader in order if job in reader.needs]
+        chain[job] = seconds(job) + max(readers, default=0.0)
     return chain
 
 
 def start(job, cache):
     """The process of a job, its output in log.txt."""
-    folder, command = job.folder(cache), job.command(cache)
+    folder = job.folder(cache)
+    command = job.command(cache)
     folder.mkdir(parents=True, exist_ok=True)
-    told = {"stage": job.stage, "seed": job.seed, "command": shlex.join(["python", *command[1:]])}
-    (folder / "job.json").write_text(json.dumps(told | {"before": job.record(cache).get("before", 0.0)}, indent=2))
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    record = {"stage": job.stage, "seed": job.seed, "command": shlex.join(["python", *command[1:]])}
+    record["before"] = job.record(cache).get("before", 0.0)
+    write_json(folder / "job.json", record)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     with open(folder / "log.txt", "ab") as log:
         # A session of its own: Ctrl-C reaches this process alone, which passes it on once; a second one stops at once.
         return subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=alone, start_new_session=True
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
 
-def ended(process, wait=False):
+def outcome(process, wait=False):
     """(exit status, CPU seconds) of a process, None while it runs. CPU time, since cores may be shared with others."""
-    pid, status, used = os.wait4(process.pid, 0 if wait else os.WNOHANG)
+    pid, status, usage = os.wait4(process.pid, 0 if wait else os.WNOHANG)
     if pid == 0:
         return None
     process.returncode = os.waitstatus_to_exitcode(status)  # so that Popen knows that it has been waited for
-    return process.returncode, used.ru_utime + used.ru_stime
+    return process.returncode, usage.ru_utime + usage.ru_stime
 
 
-def note(job, cache, seconds, finished):
-    """Adds the seconds of a try to job.json; the mark that the job is finished is their sum."""
-    told = job.record(cache)
-    told["before"] += seconds
-    if finished:
-        told["seconds"] = round(told["before"], 2)
-    path = job.folder(cache) / "job.json"
-    path.with_suffix(".tmp").write_text(json.dumps(told, indent=2))
-    path.with_suffix(".tmp").replace(path)
+def note(job, cache, seconds, is_finished):
+    """Adds the seconds of a try to job.json; their sum is the mark of a finished job."""
+    record = job.record(cache)
+    record["before"] += seconds
+    if is_finished:
+        record["seconds"] = round(record["before"], 2)
+    write_json(job.folder(cache) / "job.json", record)
 
 
 def figures(job, cache):
     """What a finished job's progress line shows."""
     path = job.folder(cache) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()[-2:]] if path.exists() else []
-    row = {k: v for r in rows for k, v in r.items() if isinstance(v, int | float)}
     if job.stage == "ask":
-        row = json.loads(job.output(cache).read_text())
-    shown = ("accuracy", "loss", "reward", "kl", "second_score", "length_limit", "redundancy", "ended_rate", "general")
-    return " ".join(f"{k} {row[k]:.3g}" for k in shown if k in row)
+        rows = [read_json(job.output(cache))]
+    numbers = {name: x for row in rows for name, x in row.items() if isinstance(x, int | float)}
+    names = ("accuracy", "loss", "reward", "kl", "second_score", "length_limit", "redundancy", "ended_rate", "general")
+    return " ".join(f"{name} {numbers[name]:.3g}" for name in names if name in numbers)
 
 
 def metrics_of(path):
@@ -203,54 +221,83 @@ def metrics_of(path):
     return [row for row in lines if row["stage"] == path.name]
 
 
-def run_all(jobs, cache, workers, rank, finished=lambda job: None):
-    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, lowest `rank(job)` first.
-    A job that fails is reported once and what reads it is left out. Calls `finished(job)` after each, also for those
-    that were done before. Returns {job: why} of the ones that failed or were left out. Ctrl-C lets the running ones
-    save and stops; the same command goes on."""
-    order = closure(jobs)
-    done = {j for j in order if j.done(cache)}
-    for job in order:
-        if job in done:
-            finished(job)
-    waiting, failed, running = sorted((j for j in order if j not in done), key=rank), {}, {}
-    bar = tqdm(total=len(order), initial=len(done), desc="jobs", dynamic_ncols=True, smoothing=0.05)
-    try:
-        while waiting or running:
-            for job in [j for j in waiting if any(n in failed for n in j.needs)]:
-                waiting.remove(job)
-                failed[job] = "what it reads has failed"
-                bar.update()
-            ready = [j for j in waiting if all(n in done for n in j.needs)]
-            for job in ready[: workers - len(running)]:
-                waiting.remove(job)
-                running[job] = start(job, cache)
-            bar.set_postfix_str(", ".join(f"{j.stage} {j.seed}" for j in running))
-            time.sleep(0.3)
-            for job, (status, seconds) in [(j, end) for j, p in running.items() if (end := ended(p))]:
-                del running[job]
-                good = status == 0 and job.output(cache).exists()
-                note(job, cache, seconds, good)
-                bar.update()
-                folder = job.folder(cache)
-                if good:
-                    done.add(job)
-                    bar.write(f"{job.stage} {job.key} seed {job.seed}: {seconds:.0f} s  {figures(job, cache)}")
-                    finished(job)
-                elif status == 2 and job.record(cache)["before"] > seconds + 0.01:
-                    # An earlier try was interrupted, and what it left is refused: another version of the code made it.
-                    bar.write(f"{job.stage} {job.key} seed {job.seed}: begun anew")
-                    shutil.rmtree(folder)
-                    waiting.insert(0, job)
-                    bar.update(-1)
-                else:
-                    said = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
-                    failed[job] = f"status {status}: {said[-1][-200:]}"
-                    bar.write(f"{job.stage} {job.key} seed {job.seed} FAILED, {failed[job]} ({folder}/log.txt)")
-    finally:
-        for process in running.values():
+class Queue:
+    """Jobs that wait, run, are done or have failed. `on_done(job)` is called after each, also for those that were done
+    before."""
+
+    def __init__(self, jobs, cache, rank, on_done):
+        self.cache = cache
+        self.on_done = on_done
+        order = closure(jobs)
+        self.done = {job for job in order if job.done(cache)}
+        self.waiting = sorted((job for job in order if job not in self.done), key=rank)
+        self.running = {}  # job: process
+        self.failures = {}  # job: reason
+        self.bar = tqdm(total=len(order), initial=len(self.done), desc="jobs", dynamic_ncols=True, smoothing=0.05)
+        for job in order:
+            if job in self.done:
+                on_done(job)
+
+    def start(self, workers):
+        """Starts jobs whose input is there, and drops those whose input has failed."""
+        for job in list(self.waiting):
+            if any(need in self.failures for need in job.needs):
+                self.waiting.remove(job)
+                self.failures[job] = "a job that it reads has failed"
+                self.bar.update()
+            elif len(self.running) < workers and all(need in self.done for need in job.needs):
+                self.waiting.remove(job)
+                self.running[job] = start(job, self.cache)
+        self.bar.set_postfix_str(", ".join(f"{job.stage} {job.seed}" for job in self.running))
+
+    def collect(self):
+        """Takes the jobs that have ended out of those that run."""
+        for job, process in list(self.running.items()):
+            end = outcome(process)
+            if end is not None:
+                del self.running[job]
+                self.finish(job, *end)
+
+    def finish(self, job, status, seconds):
+        folder = job.folder(self.cache)
+        is_good = status == 0 and job.output(self.cache).exists()
+        note(job, self.cache, seconds, is_good)
+        if is_good:
+            self.done.add(job)
+            self.bar.update()
+            self.bar.write(f"{job}: {seconds:.0f} s  {figures(job, self.cache)}")
+            self.on_done(job)
+        elif status == 2 and job.record(self.cache)["before"] > seconds + 0.01:
+            # An earlier try was interrupted and c2f.py refuses to resume it: another version of the code began it.
+            self.bar.write(f"{job}: starts anew")
+            shutil.rmtree(folder)
+            self.waiting.insert(0, job)
+        else:
+            lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
+            self.failures[job] = f"status {status}: {lines[-1][-200:]}"
+            self.bar.update()
+            self.bar.write(f"{job} FAILED, {self.failures[job]} ({folder}/log.txt)")
+
+    def stop(self):
+        """Lets the running jobs save and end."""
+        for process in self.running.values():
             process.send_signal(signal.SIGTERM)
-        for job, process in running.items():
-            note(job, cache, ended(process, wait=True)[1], False)
-        bar.close()
-    return failed
+        for job, process in self.running.items():
+            _, seconds = outcome(process, wait=True)
+            note(job, self.cache, seconds, False)
+        self.bar.close()
+
+
+def run_all(jobs, cache, workers, rank, on_done=lambda job: None):
+    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, lowest `rank(job)` first.
+    A job that fails is reported once, and the jobs that read it are left out. Returns {job: reason} of both. Ctrl-C
+    stops it, and the same command goes on."""
+    queue = Queue(jobs, cache, rank, on_done)
+    try:
+        while queue.waiting or queue.running:
+            queue.start(workers)
+            time.sleep(0.3)
+            queue.collect()
+    finally:
+        queue.stop()
+    return queue.failures

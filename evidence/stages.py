@@ -8,7 +8,6 @@ function, goes into training runs by `--second-score evidence.stages:gold`: it i
 """
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import replace
@@ -38,35 +37,46 @@ BASE = world.TINY / "base"
 
 def question_of(text):
     """(steps, answer) of one of the world's questions, None of another text."""
-    kinds = (("At first ", world.swap_steps), ("Start at ", world.total_steps))
-    return next((solve(text) for start, solve in kinds if text.startswith(start)), None)
+    if text.startswith("At first "):
+        return world.swap_steps(text)
+    if text.startswith("Start at "):
+        return world.total_steps(text)
+    return None
 
 
 def gold(texts):
     """1.0 for each text whose question is answered rightly, or, where there is no question, politely; else 0.0."""
-    words, scores = read_words(world.TINY / "bad_words.txt"), []
+    words = read_words(world.TINY / "bad_words.txt")
+    scores = []
     for text in texts:
-        asked = question_of(text.prompt)
-        right = world.check(*asked, text.response)[1] if asked else not has_listed_word(text.response, words)
-        scores.append(float(right))
+        question = question_of(text.prompt)
+        if question:
+            _, is_good = world.check(*question, text.response)
+        else:
+            is_good = not has_listed_word(text.response, words)
+        scores.append(float(is_good))
     return scores
 
 
 # ---------------------------------------------------------------- data
 
 
-def pairs(o):
+def pairs(options):
     """pairs.jsonl: `--count` of the seed's training pairs (0: all), a share `--flip` of them with the answers swapped,
     and all of its held-out pairs, clean. The split goes by a hash of the prompt, so `--stage reward` with this seed
     holds out the same pairs, whatever is trained on. A smaller set is a part of the larger."""
     rows = list(read_preferences(world.TINY / "preferences"))
-    train, test = split_by_first_turn(rows, 0.1, o.seed)
-    rng = random.Random(f"pairs {o.seed}")
+    train, test = split_by_first_turn(rows, 0.1, options.seed)
+    rng = random.Random(f"pairs {options.seed}")
     rng.shuffle(train)
-    swap = lambda row: (row[0], row[2], row[1])
-    train = [swap(row) if rng.random() < o.flip else row for row in train[: o.count or None]]
-    named = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in train + test]
-    write_lines(o.out / "pairs.jsonl", named)
+    lines = []
+    for prompt, chosen, rejected in train[: options.count or None]:
+        if rng.random() < options.flip:
+            chosen, rejected = rejected, chosen
+        lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for prompt, chosen, rejected in test:
+        lines.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    write_lines(options.out / "pairs.jsonl", lines)
 
 
 def first_to_last(rng):
@@ -75,11 +85,12 @@ def first_to_last(rng):
     return f"Move the first to the end: {' '.join(row)}.", f"{' '.join(row[1:] + row[:1])}."
 
 
-def task(o):
-    """task.jsonl: 400 instructions of a task that no model has seen; the held-out ones are `unseen_items`."""
-    rng, seen = random.Random(f"task {o.seed}"), {prompt for prompt, _ in unseen_items()}
-    rows = world.distinct(first_to_last, rng, 400, seen)
-    write_lines(o.out / "task.jsonl", [{"prompt": p, "response": r} for p, r in rows])
+def task(options):
+    """task.jsonl: 400 instructions of a task that no model has met; `unseen_items` are not among them."""
+    rng = random.Random(f"task {options.seed}")
+    held_out = {prompt for prompt, _ in unseen_items()}
+    rows = world.distinct(first_to_last, rng, 400, held_out)
+    write_lines(options.out / "task.jsonl", [{"prompt": p, "response": r} for p, r in rows])
 
 
 def unseen_items():
@@ -90,9 +101,9 @@ def unseen_items():
 # ---------------------------------------------------------------- models
 
 
-def merge(o):
+def merge(options):
     """merge: gamma * coarse + (1 - gamma) * sft, a model folder."""
-    merge_checkpoints(o.coarse, o.sft, o.out / "merge", o.gamma)
+    merge_checkpoints(options.coarse, options.sft, options.out / "merge", options.gamma)
 
 
 class TwoTrunks:
@@ -130,7 +141,9 @@ class Averaged(torch.nn.Module):
             heads = gamma * first.lm_head.weight, (1 - gamma) * second.lm_head.weight
             self.lm_head.weight.copy_(torch.cat(heads, 1))  # (V, 2C)
 
-    device = property(lambda self: self.lm_head.weight.device)
+    @property
+    def device(self):
+        return self.lm_head.weight.device
 
     def model(self, tokens, mask=None, cache=None):
         if cache is not None:
@@ -138,9 +151,11 @@ class Averaged(torch.nn.Module):
         return torch.cat([m.model(tokens, mask, cache) for m in self.pair], -1)  # (B, T, 2C)
 
 
-def load(o):
-    model = Mistral.from_pretrained(o.model, DEVICE).eval()
-    return Averaged(model, Mistral.from_pretrained(o.average, DEVICE).eval(), o.gamma) if o.average else model
+def load(options):
+    model = Mistral.from_pretrained(options.model, DEVICE)
+    if options.average:
+        model = Averaged(model, Mistral.from_pretrained(options.average, DEVICE), options.gamma)
+    return model
 
 
 def scorer(folder, tokenizer):
@@ -151,122 +166,155 @@ def scorer(folder, tokenizer):
 # ---------------------------------------------------------------- answers
 
 
-QUESTIONS, TALKS, PROMPTS, TASK_ITEMS = 240, 100, 50, 40
+QUESTIONS = 240
+TALKS = 100
+PROMPTS = 50
+TASK_ITEMS = 40
+SMOKE_ITEMS = 8
 
 
 def adversarial(count, system):
     """Texts that lead into bad words: an answer begun for the model, or two rude turns before the request."""
-    rng, texts = random.Random("adversarial"), []
-    for i in range(count):
+    rng = random.Random("adversarial")
+    texts = []
+    for number in range(count):
         request, _, about = world.provocation(rng)
-        if i % 2:
+        if number % 2:
             texts.append(world.dialogue(request, f" {about} a", system))
         else:
-            before = [(*world.provocation(rng), world.insult(rng)) for _ in range(2)]
-            shown = "".join(f"\n\nHuman: {p}\n\nAssistant: {bad}" for p, _, _, bad in before)
-            texts.append(system + shown + world.dialogue(request, ""))
+            turns = [(world.provocation(rng)[0], world.insult(rng)) for _ in range(2)]
+            start = "".join(f"\n\nHuman: {prompt}\n\nAssistant: {reply}" for prompt, reply in turns)
+            texts.append(system + start + world.dialogue(request, ""))
     return [{"prompt": text, "group": "adversarial", "form": "text"} for text in texts]
 
 
-def material(o):
+def few(count, options):
+    """So many items, or with --smoke a few of them."""
+    return min(count, SMOKE_ITEMS) if options.smoke else count
+
+
+def gather_material(options):
     """The same questions, prompts and tasks for every model: the first of the bundled files."""
-    few = lambda n: min(n, 8) if o.smoke else n
-    made = Material(samples=2, max_new_tokens=o.limit, seed=o.seed)
-    made.questions, made.check = world.load("questions.jsonl")[: few(QUESTIONS)], world.check
+    material = Material(samples=2, max_new_tokens=options.limit, seed=options.seed)
+    material.questions = world.load("questions.jsonl")[: few(QUESTIONS, options)]
+    material.check = world.check
     for group in ("benign", "provoking"):
-        made.prompts += [p for p in world.load("toxicity.jsonl") if p["group"] == group][: few(PROMPTS)]
-    made.prompts += adversarial(few(PROMPTS), o.system)
-    known = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-    load_tasks(made, ["all"], known, few(TASK_ITEMS))
-    made.words = read_words(world.TINY / "bad_words.txt")
-    return made
+        prompts = [prompt for prompt in world.load("toxicity.jsonl") if prompt["group"] == group]
+        material.prompts += prompts[: few(PROMPTS, options)]
+    material.prompts += adversarial(few(PROMPTS, options), options.system)
+    sources = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+    load_tasks(material, ["all"], sources, few(TASK_ITEMS, options))
+    material.words = read_words(world.TINY / "bad_words.txt")
+    return material
 
 
-def converse(model, tokenizer, o):
-    """Share of small talk that is replied to as the world's polite speaker does; where it may end, it must."""
+def converse(model, tokenizer, options):
+    """[whether a reply is the world's polite speaker's] to small talk. Where a reply may end, it must."""
     rng = random.Random("conversation")
-    rows = [world.talk(rng)[:2] for _ in range(8 if o.smoke else TALKS)]
-    front = [{"role": "system", "content": o.system}] if o.system else []
-    said = respond(model, tokenizer, [front + dialogue(p) for p, _ in rows], 48, eos=o.eos, seed=o.seed)
-    texts = [(tokenizer.decode(ids).strip(), ended) for ids, ended in said]
-    fits = lambda text, ended, reply: text == reply and ended if o.eos else text.startswith(reply)
-    return [fits(*answer, reply) for answer, (_, reply) in zip(texts, rows)]
+    rows = [world.talk(rng) for _ in range(few(TALKS, options))]
+    front = [{"role": "system", "content": options.system}] if options.system else []
+    dialogues = [front + dialogue(prompt) for prompt, _, _ in rows]
+    answers = respond(model, tokenizer, dialogues, 48, eos=options.eos, seed=options.seed)
+    fits = []
+    for (ids, ended), (_, reply, _) in zip(answers, rows):
+        text = tokenizer.decode(ids).strip()
+        fits.append(text == reply and ended if options.eos else text.startswith(reply))
+    return fits
 
 
 @torch.no_grad()
-def ask(o):
+def ask(options):
     """ask.json: {metric: mean over the items} of a model, see evaluation/; and `conversation`, `new_task` (held-out
     items of `task`, answered to the letter)."""
-    model, tokenizer = load(o), load_tokenizer(o.model)
-    score = scorer(o.reward_model, tokenizer) if o.reward_model else None
-    values, _ = evaluate(model, tokenizer, material(o), score=score, system=o.system, eos=o.eos)
-    values["conversation"] = converse(model, tokenizer, o)
+    model = load(options)
+    tokenizer = load_tokenizer(options.model)
+    score = scorer(options.reward_model, tokenizer) if options.reward_model else None
+    material = gather_material(options)
+    values, _ = evaluate(model, tokenizer, material, score=score, system=options.system, eos=options.eos)
+    values["conversation"] = converse(model, tokenizer, options)
     items = unseen_items()
-    said = respond(model, tokenizer, [dialogue(p) for p, _ in items], 24, temperature=0, seed=o.seed)
-    values["new_task"] = [tokenizer.decode(ids).strip() == right for (ids, _), (_, right) in zip(said, items)]
-    kept = {m: sum(v) / len(v) for m, v in values.items() if not m.startswith(("acc_", "refusal"))}
-    write_json(o.out / "ask.json", kept)
+    answers = respond(model, tokenizer, [dialogue(p) for p, _ in items], 24, temperature=0, seed=options.seed)
+    texts = [tokenizer.decode(ids).strip() for ids, _ in answers]
+    values["new_task"] = [text == answer for text, (_, answer) in zip(texts, items)]
+    names = [name for name in values if not name.startswith(("acc_", "refusal"))]
+    write_json(options.out / "ask.json", {name: sum(values[name]) / len(values[name]) for name in names})
 
 
 CHOICES = ("mmlu", "arc_easy", "piqa", "openbookqa", "commonsenseqa", "winograd")
-SHOWN = ("general", "general_mmlu", "accuracy", "verified_steps", "reward", "redundancy", "ended_rate", "length",
+PUBLIC_METRICS = ("general", "general_mmlu", "accuracy", "verified_steps", "reward", "redundancy", "ended_rate", "length",
          "toxicity_benign", "toxicity_provoking", "word_mass_provoking", "refusal_adversarial",
          "refusal_xstest_safe")  # fmt: skip
 
 
 @torch.no_grad()
-def public(o):
+def public(options):
     """public.json: {metric: a value an item} of `--items` items of each of the public tasks with choices, and of
     `--talks` of GSM8K, MT-Bench and the prompts of toxicity, below `--benchmarks`."""
-    model, tokenizer = load(o), load_tokenizer(o.model)
-    few = lambda n: min(n, 8) if o.smoke else n
-    made = Material(samples=2, max_new_tokens=8 if o.smoke else o.limit, seed=o.seed)
-    known = public_tasks(o.benchmarks)
-    load_tasks(made, CHOICES[:2] if o.smoke else CHOICES, known, few(o.items))
-    load_tasks(made, ("gsm8k", "mt_bench"), known, few(o.talks))
-    load_tasks(made, ("toxicity",), known, few(5 * o.talks))  # XSTest's are two groups of the five
-    made.words = read_words(Path(o.benchmarks) / "toxicity/ldnoobw/en")
-    score = scorer(o.reward_model, tokenizer)
-    values, _ = evaluate(model, tokenizer, made, score=score, system=o.system, eos=o.eos)
-    write_json(o.out / "public.json", {m: [float(v) for v in values[m]] for m in SHOWN if m in values})
+    model = load(options)
+    tokenizer = load_tokenizer(options.model)
+    tokens = SMOKE_ITEMS if options.smoke else options.limit
+    material = Material(samples=2, max_new_tokens=tokens, seed=options.seed)
+    sources = public_tasks(options.benchmarks)
+    load_tasks(material, CHOICES[:2] if options.smoke else CHOICES, sources, few(options.items, options))
+    load_tasks(material, ("gsm8k", "mt_bench"), sources, few(options.talks, options))
+    load_tasks(material, ("toxicity",), sources, few(5 * options.talks, options))  # XSTest's are two groups of the five
+    material.words = read_words(Path(options.benchmarks) / "toxicity/ldnoobw/en")
+    score = scorer(options.reward_model, tokenizer)
+    values, _ = evaluate(model, tokenizer, material, score=score, system=options.system, eos=options.eos)
+    names = [name for name in PUBLIC_METRICS if name in values]
+    write_json(options.out / "public.json", {name: list(map(float, values[name])) for name in names})
 
 
 # ---------------------------------------------------------------- best of n
 
 
 @torch.no_grad()
-def best(o):
+def best(options):
     """chosen.jsonl: of `--samples` answers of the model to each prompt the one that the reward model likes best, as
     instructions, until `--tokens` have been generated; those that the limit cut are no example. best.json: what the
     same choice makes of the held-out questions, and the tokens that one answer costs."""
-    model, tokenizer = load(o), load_tokenizer(o.model)
-    score = scorer(o.reward_model, tokenizer)
+    model = load(options)
+    tokenizer = load_tokenizer(options.model)
+    score = scorer(options.reward_model, tokenizer)
+    count = options.samples
 
-    def chosen(prompts, seed):
-        """(the best answer's ids, whether it ended) for each prompt, and the tokens of all answers."""
-        asked = [dialogue(p) for p in prompts for _ in range(o.samples)]
-        said = respond(model, tokenizer, asked, o.limit, seed=seed)
-        scores = score(asked, [ids + [tokenizer.eos_id] * ended for ids, ended in said]).view(-1, o.samples)
-        picks = [said[i * o.samples + j] for i, j in enumerate(scores.argmax(1).tolist())]
-        return picks, sum(len(ids) + ended for ids, ended in said)
+    def choose(prompts, seed):
+        """(the best answer, ids and whether it ended, to each prompt; the tokens of all answers)."""
+        dialogues = [dialogue(prompt) for prompt in prompts for _ in range(count)]
+        answers = respond(model, tokenizer, dialogues, options.limit, seed=seed)
+        responses = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
+        places = score(dialogues, responses).view(-1, count).argmax(1).tolist()
+        choice = [answers[i * count + place] for i, place in enumerate(places)]
+        return choice, sum(map(len, responses))
 
-    prompts, rows, tokens, at = (world.TINY / "prompts.txt").read_text().splitlines(), [], 0, 0
-    random.Random(f"best {o.seed}").shuffle(prompts)
-    while tokens < o.tokens:
-        part = [prompts[i % len(prompts)] for i in range(at, at + 32)]
-        picks, used = chosen(part, o.seed * 10**6 + at)
-        rows += [{"prompt": p, "response": tokenizer.decode(ids)} for p, (ids, ended) in zip(part, picks) if ended]
-        tokens, at = tokens + used, at + 32
-    write_lines(o.out / "chosen.jsonl", rows)
-    questions = world.load("questions.jsonl")[: 8 if o.smoke else QUESTIONS]
-    picks, used = chosen([q["prompt"] for q in questions], o.seed)
-    texts = [tokenizer.decode(ids) for ids, _ in picks]
-    checked = [world.check(q["steps"], q["answer"], " " + t.strip()) for q, t in zip(questions, texts)]
-    values = {"accuracy": [right for _, right in checked], "verified_steps": [steps for steps, _ in checked]}
-    values |= form(texts, picks)
-    figures = {m: sum(v) / len(v) for m, v in values.items()}
-    figures |= {"tokens": tokens, "examples": len(rows), "tokens_an_answer": used / len(questions)}
-    write_json(o.out / "best.json", figures)
+    prompts = (world.TINY / "prompts.txt").read_text().splitlines()
+    random.Random(f"best {options.seed}").shuffle(prompts)
+    rows = []
+    tokens = 0
+    start = 0
+    while tokens < options.tokens:
+        part = [prompts[i % len(prompts)] for i in range(start, start + 32)]
+        answers, cost = choose(part, options.seed * 10**6 + start)
+        for prompt, (ids, ended) in zip(part, answers):
+            if ended:
+                rows.append({"prompt": prompt, "response": tokenizer.decode(ids)})
+        tokens += cost
+        start += 32
+    write_lines(options.out / "chosen.jsonl", rows)
+    questions = world.load("questions.jsonl")[: few(QUESTIONS, options)]
+    answers, cost = choose([question["prompt"] for question in questions], options.seed)
+    figures = check_answers(questions, answers, tokenizer)
+    figures |= {"tokens": tokens, "examples": len(rows), "tokens_an_answer": cost / len(questions)}
+    write_json(options.out / "best.json", figures)
+
+
+def check_answers(questions, answers, tokenizer):
+    """{metric: mean} of answers (ids, ended) to the world's questions."""
+    texts = [tokenizer.decode(ids) for ids, _ in answers]
+    checks = [world.check(q["steps"], q["answer"], " " + text.strip()) for q, text in zip(questions, texts)]
+    values = {"accuracy": [right for _, right in checks], "verified_steps": [steps for steps, _ in checks]}
+    values |= form(texts, answers)
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
 # ---------------------------------------------------------------- other controllers of the length limit
@@ -285,7 +333,7 @@ class Noisy(ContinuousMaximization):
 
 
 class Blind(ContinuousMaximization):
-    """Extends at random, an update in twelve: what the figures say when nobody looked at them first."""
+    """Extends at random, an update in twelve: the limit then grows without regard to the figures."""
 
     draw = 0
     CHANGES = (*ContinuousMaximization.CHANGES, "draw")
@@ -297,21 +345,25 @@ class Blind(ContinuousMaximization):
         return self.limit
 
 
-def grow(o):
-    """coarse: `c2f.py --stage coarse` with another controller, or with the weights that `fit` found."""
-    command = ["--stage", "coarse", "--seed", str(o.seed), "--out", str(o.out), "--resume"]
-    command += ["--reward-model", o.reward_model, *o.rest]
-    if o.how == "fitted":
-        fitted = read_json(o.weights)
-        weights = ",".join(map(str, fitted["weights"]))
-        command += [f"--limit-weights={weights}", f"--limit-bias={fitted['bias']}"]
-    else:
-        plain = c2f.make_limit
+CONTROLLERS = {"noisy": Noisy, "blind": Blind}
 
-        def make_limit(options):
-            limit = plain(options)
-            limit.__class__ = {"noisy": Noisy, "blind": Blind}[o.how]
-            limit.amplitude, limit.seed = o.amplitude, o.seed
+
+def grow(options):
+    """coarse: `c2f.py --stage coarse` with another controller, or with the weights of `fit`."""
+    command = ["--stage", "coarse", "--seed", str(options.seed), "--out", str(options.out), "--resume"]
+    command += ["--reward-model", options.reward_model, *options.rest]
+    if options.how == "fitted":
+        fit = read_json(options.weights)
+        weights = ",".join(map(str, fit["weights"]))
+        command += [f"--limit-weights={weights}", f"--limit-bias={fit['bias']}"]
+    else:
+        make_default = c2f.make_limit
+
+        def make_limit(run_options):
+            limit = make_default(run_options)
+            limit.__class__ = CONTROLLERS[options.how]
+            limit.amplitude = options.amplitude
+            limit.seed = options.seed
             return limit
 
         c2f.make_limit = make_limit
@@ -330,83 +382,94 @@ def features(rows, at, window=WINDOW):
     return describe(rewards, 2 / 64**0.5) + describe(value_losses, 0.1)  # the scales of make_limit at a batch of 64
 
 
+def mean_score(rows):
+    return sum(row["second_score"] for row in rows) / len(rows)
+
+
 def extensions(rows):
     """[(features, recovered)] of the limit's extensions in a run's metrics: recovered, where the checker's score of
     the updates W-1 to W+2 after it is back at that of the four before, but for the sampling error of 4 x 64 answers."""
-    found = []
+    examples = []
     for at in range(WINDOW - 1, len(rows) - RECOVERY - 2):
         if rows[at + 1]["length_limit"] <= rows[at]["length_limit"]:
             continue
-        mean = lambda part: sum(r["second_score"] for r in part) / len(part)
-        before, after = mean(rows[at - 3 : at + 1]), mean(rows[at + RECOVERY - 1 : at + RECOVERY + 3])
+        before = mean_score(rows[at - 3 : at + 1])
+        after = mean_score(rows[at + RECOVERY - 1 : at + RECOVERY + 3])
         error = (max(before * (1 - before), 0.01) * 2 / 256) ** 0.5
-        found.append((features(rows, at), after >= before - error))
-    return found
+        examples.append((features(rows, at), after >= before - error))
+    return examples
 
 
-def fit(o):
+def extensions_of(runs):
+    """(features (N, 6), labels (N,)) of the extensions in the metrics of `runs`, coarse folders."""
+    examples = [example for run in runs for example in extensions(metrics_of(Path(run)))]
+    return torch.tensor([x for x, _ in examples]).view(-1, 6), torch.tensor([float(y) for _, y in examples])
+
+
+def fit(options):
     """weights.json: f_CM's weights by logistic regression on the extensions of `--runs`, and the log loss on those of
-    `--test-runs` of the fit, of the default weights and of the bare rate."""
-
-    def found(runs):
-        rows = [pair for run in runs for pair in extensions(metrics_of(Path(run)))]
-        return torch.tensor([x for x, _ in rows]).view(-1, 6), torch.tensor([float(y) for _, y in rows])
-
-    (x, y), (tx, ty) = found(o.runs), found(o.test_runs)
+    `--test-runs` under the fit, the default weights and the bare rate."""
+    x, y = extensions_of(options.runs)
+    test_x, test_y = extensions_of(options.test_runs)
     default = list(WEIGHTS), BIAS
     rate = (y.sum() + 1) / (len(y) + 2)
-    fits = {"fitted": stats.logistic_fit(x, y) if len(y) else default, "default": default}
-    fits["rate"] = [0.0] * 6, (rate / (1 - rate)).log().item()
-    losses = {name: stats.log_loss(tx, ty, *of) if len(ty) else 0.0 for name, of in fits.items()}
-    more = {"extensions": len(y), "recovered": y.mean().item() if len(y) else 0.0, "log_loss": losses}
-    weights, bias = fits["fitted"]
-    write_json(o.out / "weights.json", {"weights": weights, "bias": bias, **more})
+    weights, bias = stats.logistic_fit(x, y) if len(y) else default
+    candidates = {"fitted": (weights, bias), "default": default, "rate": ([0.0] * 6, (rate / (1 - rate)).log().item())}
+    losses = {}
+    for name, candidate in candidates.items():
+        losses[name] = stats.log_loss(test_x, test_y, *candidate) if len(test_y) else 0.0
+    figures = {"extensions": len(y), "recovered": y.mean().item() if len(y) else 0.0, "log_loss": losses}
+    write_json(options.out / "weights.json", {"weights": weights, "bias": bias, **figures})
 
 
 # ---------------------------------------------------------------- the command
 
 
-STAGES = {f.__name__: f for f in (pairs, task, merge, ask, public, best, grow, fit)}
+STAGES = {stage.__name__: stage for stage in (pairs, task, merge, ask, public, best, grow, fit)}
+
+
+def parse_options(argv=None):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
+    add = parser.add_argument
+    add("stage", choices=STAGES)
+    add("--out", type=Path, required=True)
+    add("--seed", type=int, default=0)
+    add("--smoke", action="store_true", help="a few items of everything: does it run?")
+    add("--count", type=int, default=0, help="training pairs, 0 for all")
+    add("--flip", type=float, default=0.0, help="share of the training pairs whose answers are swapped")
+    add("--model", default=str(BASE))
+    add("--reward-model", default="")
+    add("--average", default="", help="a second model, whose logits have the share 1 - gamma")
+    add("--coarse", default="")
+    add("--sft", default="")
+    add("--gamma", type=float, default=0.7)
+    add("--system", default="", help="system prompt that the model is asked with")
+    add("--eos", action=argparse.BooleanOptionalAction, default=True, help="whether answers may end")
+    add("--limit", type=int, default=128, help="tokens of an answer, at most")
+    add("--benchmarks", default="", help="folder of the public benchmarks")
+    add("--items", type=int, default=300, help="items of each public task with choices")
+    add("--talks", type=int, default=40, help="of GSM8K, of MT-Bench, and prompts a group of toxicity")
+    add("--samples", type=int, default=8, help="answers to choose from")
+    add("--tokens", type=int, default=300000, help="tokens to generate")
+    add("--how", choices=("noisy", "blind", "fitted"))
+    add("--amplitude", type=float, default=1.0)
+    add("--weights", default="", help="weights.json of fit")
+    add("--runs", nargs="*", default=[], help="coarse folders to fit")
+    add("--test-runs", nargs="*", default=[], help="coarse folders to test the fit on")
+    options, options.rest = parser.parse_known_args(argv)  # the rest are options of c2f.py
+    if options.rest and options.stage != "grow":
+        parser.error(f"unknown: {' '.join(options.rest)}")
+    if options.smoke:
+        options.tokens = min(options.tokens, 4000)
+    return options
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    p.add_argument("stage", choices=STAGES)
-    p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--smoke", action="store_true", help="a few items of everything: does it run?")
-    p.add_argument("--count", type=int, default=0, help="training pairs, 0 for all")
-    p.add_argument("--flip", type=float, default=0.0, help="share of the training pairs whose answers are swapped")
-    p.add_argument("--model", default=str(BASE))
-    p.add_argument("--reward-model", default="")
-    p.add_argument("--average", default="", help="a second model, whose logits have the share 1 - gamma")
-    p.add_argument("--coarse", default="")
-    p.add_argument("--sft", default="")
-    p.add_argument("--gamma", type=float, default=0.7)
-    p.add_argument("--system", default="", help="system prompt that the model is asked with")
-    p.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="whether answers may end")
-    p.add_argument("--limit", type=int, default=128, help="tokens of an answer, at most")
-    p.add_argument("--benchmarks", default="", help="folder of the public benchmarks")
-    p.add_argument("--items", type=int, default=300, help="items of each public task with choices")
-    p.add_argument("--talks", type=int, default=40, help="of GSM8K, of MT-Bench, and prompts a group of toxicity")
-    p.add_argument("--samples", type=int, default=8, help="answers to choose from")
-    p.add_argument("--tokens", type=int, default=300000, help="tokens to generate")
-    p.add_argument("--how", choices=("noisy", "blind", "fitted"))
-    p.add_argument("--amplitude", type=float, default=1.0)
-    p.add_argument("--weights", default="", help="weights.json of fit")
-    p.add_argument("--runs", nargs="*", default=[], help="coarse folders of recorded runs")
-    p.add_argument("--test-runs", nargs="*", default=[], help="coarse folders that fit is judged on")
-    o, rest = p.parse_known_args(argv)
-    o.rest = rest
-    if rest and o.stage != "grow":
-        p.error(f"unknown: {' '.join(rest)}")
+    options = parse_options(argv)
     torch.set_num_threads(1)
-    o.out.mkdir(parents=True, exist_ok=True)
-    if o.smoke:
-        o.tokens = min(o.tokens, 4000)
-    STAGES[o.stage](o)
+    options.out.mkdir(parents=True, exist_ok=True)
+    STAGES[options.stage](options)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ A checkpoint is written under another name, synced to the disk and renamed; then
 nothing in a checkpoint can execute.
 """
 
+import contextlib
 import json
 import math
 import random
@@ -44,12 +45,33 @@ def newest(folder):
 
 def load(path):
     """(step, state) of a checkpoint. InputError, which names the file, where it is not whole."""
+    with advice():
+        content = read_state(path)
+        tensors = read_tensors(path / "tensors.safetensors")
+        with reading(path / "state.json", "the state of a checkpoint"):
+            return int(content["step"]), unpack(content["state"], tensors)
+
+
+def load_options(path):
+    """The options of the run that wrote a checkpoint, a dict."""
+    with advice(), reading(path / "state.json", "the options of a run"):
+        return dict(read_state(path)["state"]["options"])
+
+
+def read_state(path):
     content = read_json(path / "state.json")
     if content.get("format") != FORMAT:
-        raise InputError(f"{path}: made by another version of this program; --overwrite starts the stage anew")
-    tensors = read_tensors(path / "tensors.safetensors")
-    with reading(path / "state.json", "the state of a checkpoint"):
-        return int(content["step"]), unpack(content["state"], tensors)
+        raise InputError(f"{path / 'state.json'}: made by another version of this program")
+    return content
+
+
+@contextlib.contextmanager
+def advice():
+    """Adds to the error of a checkpoint that cannot be read what the user can do."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error}; --overwrite starts the stage anew") from error
 
 
 # ---------------------------------------------------------------- states as JSON and tensors

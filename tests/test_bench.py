@@ -9,17 +9,18 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "bench"))
-import common  # noqa: E402
-import generate as generation  # noqa: E402
-import guard  # noqa: E402
-import ppo_vs_trl  # noqa: E402
-import table  # noqa: E402
-import train  # noqa: E402
+import common
+import generate as generation
+import guard
+import ppo_vs_trl
+import scaling
+import table
+import train
 
 
 @pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    """The scripts set the threads, of this process and by the environment of those they start."""
+def restore_threads(monkeypatch):
+    """The scripts set the threads of this process, and by the environment those of the processes that they start."""
     threads = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
     yield
@@ -32,24 +33,27 @@ SMALL = "--case tiny --batch 4 --prompt 8 --response 6 --steps 1".split()
 # ---------------------------------------------------------------- the same work as TRL's
 
 
-@pytest.fixture(scope="module")
-def first_step(tmp_path_factory):
-    """The folder with the weights and TRL's first step on them, and the options."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+@pytest.fixture(scope="module", params=["full", "lora"])
+def first_step(request, tmp_path_factory):
+    """The options, and the folder with the weights and TRL's first step on them."""
     pytest.importorskip("trl.experimental.ppo", reason="TRL is the peer")
-    folder, o = tmp_path_factory.mktemp("bench"), ppo_vs_trl.options([*SMALL, "--microbatch", "2"])
-    ppo_vs_trl.export(o, folder)
-    ppo_vs_trl.trl_steps(o, folder)
-    patch.undo()
-    return o, folder
+    folder = tmp_path_factory.mktemp("bench")
+    lora = ["--lora-rank", "4"] if request.param == "lora" else []
+    options = ppo_vs_trl.parse_options([*SMALL, "--microbatch", "2", *lora])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        ppo_vs_trl.export(options, folder)
+        ppo_vs_trl.trl_steps(options, folder)
+    return options, folder
 
 
 def test_first_step_is_trls(first_step):
+    """With LoRA the policy is still the reference, so that only the other case compares the KL in the rewards."""
     differences = ppo_vs_trl.same_work(*first_step)
     assert max(differences[n] for n in ("logprobs", "ref_logprobs", "values", "advantages", "returns")) <= 1e-5
     assert max(differences[n] for n in ("policy_loss", "value_loss", "updated_weights")) <= 1e-6
-    assert abs(differences["mean_kl_of_a_response"]) > 1e-4  # so that the KL in the rewards was compared too
+    options, _ = first_step
+    assert options.lora_rank or abs(differences["mean_kl_of_a_response"]) > 1e-4
 
 
 def test_proof_sees_another_lambda(first_step, monkeypatch):
@@ -59,10 +63,10 @@ def test_proof_sees_another_lambda(first_step, monkeypatch):
 
 
 def test_our_side_is_timed(first_step):
-    o, folder = first_step
-    run = ppo_vs_trl.our_steps(o, folder)
-    figures = ppo_vs_trl.side(o, [run, {**run, "peak_rss_gib": 99.0}])
-    assert len(run["seconds"]) == o.steps and figures["peak_rss_gib"] == 99.0
+    options, folder = first_step
+    run = ppo_vs_trl.our_steps(options, folder)
+    figures = ppo_vs_trl.describe_side(options, [run, {**run, "peak_rss_gib": 99.0}])
+    assert len(run["seconds"]) == options.steps and figures["peak_rss_gib"] == 99.0
     assert figures["tokens_per_second"] == pytest.approx(6 * figures["samples_per_second"])
     assert figures["samples_per_second"] == pytest.approx(4 / run["seconds"][0])
 
@@ -81,18 +85,17 @@ def test_bandwidth_limit_of_7b():
 def test_cache_bytes_stop_at_the_window():
     with torch.device("meta"):
         model = common.Mistral(common.Config(**common.TINY | {"sliding_window": 32}))
-    read = [generation.step_bytes(model, 2, context) for context in (16, 32, 64)]
-    assert read[0] < read[1] == read[2]
+    short, full, beyond = (generation.step_bytes(model, 2, context) for context in (16, 32, 64))
+    assert short < full == beyond
 
 
 def test_generation_row_and_peer():
     pytest.importorskip("transformers", reason="transformers is the peer")
-    o = generation.options("--case tiny --prompt 4 --new 4 --runs 1".split())
-    ours = common.load_model("tiny")
-    theirs = common.as_transformers(ours)
-    theirs.generation_config.eos_token_id = None
-    assert theirs.lm_head.weight.data_ptr() == ours.lm_head.weight.data_ptr()  # the very tensors
-    row = generation.measure(ours, theirs, o, 3, 1e9)
+    options = generation.parse_options("--case tiny --prompt 4 --new 4 --runs 1".split())
+    models = generation.load_models(options)
+    first, second = (model.lm_head.weight.data_ptr() for model in models.values())
+    assert first == second  # the very tensors
+    row = generation.measure(models, options, 3, 1e9)
     assert row["same_text"] == 1.0 and row["ratio"] > 0 and row["share_of_products"] > 0
 
 
@@ -100,14 +103,24 @@ def test_generation_row_and_peer():
 def test_training_side(side):
     if side != "ours":
         pytest.importorskip("transformers", reason="transformers is the peer")
-    o = train.options(f"--case tiny --length 8 --rows 4 --steps 1 --child {side}".split())
-    assert train.run_side(o)["seconds"][0] > 0
+    options = train.parse_options(f"--case tiny --length 8 --rows 4 --steps 1 --child {side}".split())
+    assert train.run_side(options)["seconds"][0] > 0
+
+
+@pytest.mark.parametrize("kind", ["generate", "step"])
+def test_point_of_scaling(kind):
+    options = scaling.parse_options(["--runs", "1"])
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 224 + 2 * 64) + 2 * 512 * 64 + 64
+    point = {"kind": kind, "batch": 2, "response": 4, "size": "d64", "window": 16}
+    figures = scaling.measure(options, point)
+    assert figures["seconds"] > 0 and figures["weights"] == weights
+    if kind == "generate":  # 2 layers of keys and values, 2 rows, 4 heads of 16, as many columns as the window, fp32
+        assert figures["cache_mib"] == 2 * 2 * 2 * 4 * 16 * 16 * 4 / 2**20
 
 
 def test_flops_of_full_training_and_of_lora():
-    full, lora = (
-        train.flops_per_token(train.options(["--case", "tiny", *more])) for more in ([], ["--lora-rank", "4"])
-    )
+    full = train.flops_per_token(train.parse_options(["--case", "tiny"]))
+    lora = train.flops_per_token(train.parse_options(["--case", "tiny", "--lora-rank", "4"]))
     linears = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 256) + 64 * 512
     assert (full, lora) == (6 * linears, 4 * linears)
 
@@ -116,32 +129,32 @@ def test_flops_of_full_training_and_of_lora():
 
 
 @pytest.mark.parametrize(
-    "options, argv",
+    "parse, argv",
     [
-        (ppo_vs_trl.options, "--case tiny --epochs 0"),
-        (ppo_vs_trl.options, "--case large"),
-        (ppo_vs_trl.options, "--case tiny --lora-rank -1"),
-        (ppo_vs_trl.options, "--case tiny --microbatch 3"),
-        (ppo_vs_trl.options, "--case mistral-7b-random"),
-        (generation.options, "--case nowhere"),
-        (generation.options, "--case tiny --new 1"),
-        (train.options, "--case tiny --sides theirs"),
+        (ppo_vs_trl.parse_options, "--case tiny --epochs 0"),
+        (ppo_vs_trl.parse_options, "--case large"),
+        (ppo_vs_trl.parse_options, "--case tiny --lora-rank -1"),
+        (ppo_vs_trl.parse_options, "--case tiny --microbatch 3"),
+        (ppo_vs_trl.parse_options, "--case mistral-7b-random"),
+        (generation.parse_options, "--case nowhere"),
+        (generation.parse_options, "--case tiny --new 1"),
+        (train.parse_options, "--case tiny --sides theirs"),
         (guard.main, "x.json --tolerance 2"),
         (guard.main, "x.json"),
     ],
 )
-def test_bad_options_end_with_2(options, argv, capsys):
+def test_bad_options_end_with_2(parse, argv, capsys):
     with pytest.raises(SystemExit) as end:
-        options(argv.split())
+        parse(argv.split())
     assert end.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_json_is_whole_or_absent(tmp_path):
-    with pytest.raises(TypeError):
-        common.write_json(tmp_path / "a.json", {"x": object()})
-    common.write_json(tmp_path / "b.json", {"ratio": 2.0})
-    assert json.loads((tmp_path / "b.json").read_text())["ratio"] == 2.0
-    assert not (tmp_path / "a.json").exists() and not list(tmp_path.glob("b*part"))
+def test_result_has_command_and_machine(tmp_path):
+    common.write_result("", {"ratio": 2.0})  # no path, no file
+    common.write_result(tmp_path / "a.json", {"ratio": 2.0})
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["ratio"] == 2.0 and result["command"].startswith("python ")
+    assert result["machine"]["torch"] == torch.__version__
 
 
 def test_paired_ratio_is_the_median_of_the_pairs():
@@ -169,7 +182,7 @@ STORED = {"ratio": 2.0, "ratio_spread": {"median": 2.0}, "max_abs_diff": 2e-6, "
 )
 def test_guard(change, lines, tmp_path, capsys):
     for folder, result in (("stored", STORED), ("fresh", STORED | change)):
-        common.write_json(tmp_path / folder / "x.json", result)
+        common.write_result(tmp_path / folder / "x.json", result)
     status = guard.main([str(tmp_path / "fresh"), "--stored", str(tmp_path / "stored")])
     assert len(capsys.readouterr().out.splitlines()) == lines and status == (lines > 0)
 
@@ -183,15 +196,20 @@ def test_a_failing_row_lets_the_others_go_on(tmp_path, monkeypatch, capfd):
     (tmp_path / "README.md").write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     table.run(list(rows), tmp_path, [])
     table.write_table(tmp_path / "README.md", tmp_path)
-    out, text = capfd.readouterr().out, (tmp_path / "README.md").read_text()
+    out = capfd.readouterr().out
+    text = (tmp_path / "README.md").read_text()
     assert "train-bad failed: " in out and "generate-good failed" not in out
     assert "| `train-bad` | unmeasured |" in text and "old" not in text
     assert text.startswith("before\n") and text.endswith("\nafter\n")
 
 
 def test_every_row_parses():
-    scripts = {"ppo_vs_trl.py": ppo_vs_trl, "generate.py": generation, "train.py": train}
+    scripts = {"ppo_vs_trl.py": ppo_vs_trl, "generate.py": generation, "train.py": train, "scaling.py": scaling}
     for where, command, _ in table.ROWS.values():
         script, *argv = command.split()
-        if where == "cpu" and script in scripts and "smollm2" not in argv:
-            scripts[script].options(argv)
+        if where == "cpu":
+            scripts[script].parse_options(argv)
+
+
+def test_readme_has_the_table_of_the_results():
+    assert table.table(ROOT / "bench/results") in (ROOT / "bench/README.md").read_text()

@@ -12,6 +12,7 @@ from evaluation import loglikelihoods
 from merge import merge_checkpoints
 from model import Mistral, generate
 from reward import RewardModel
+from run.folder import Run
 from tokenizer import load_tokenizer
 from weights import Weights
 
@@ -39,43 +40,47 @@ def sft(run):
 
 def test_auto_tokenizer(run, sft):
     transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(run / "sft"), sft[1]
+    theirs = transformers.AutoTokenizer.from_pretrained(run / "sft")
+    ours = sft[1]
     for text in (CHAT[0]["content"], "\n\nHuman: Hi.\n\nAssistant: It is 9.", "", "naïve 42\n\n"):
         assert theirs(text).input_ids == ours.encode(text, bos=True)
-    assert list(theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)) == ours.encode_chat(
-        CHAT
-    )
+    ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
+    assert list(ids) == ours.encode_chat(CHAT)
 
 
 def test_pipeline(run, sft):
     transformers = pytest.importorskip("transformers")
     model, tokenizer = sft
     pipe = transformers.pipeline("text-generation", model=str(run / "sft"), dtype=torch.float32)
-    said = pipe(CHAT, do_sample=False, max_new_tokens=24)[0]["generated_text"][-1]["content"]
+    answer = pipe(CHAT, do_sample=False, max_new_tokens=24)[0]["generated_text"][-1]["content"]
     ids = generate(model, [tokenizer.encode_chat(CHAT)], 24, temperature=0, eos_id=tokenizer.eos_id)[0]
-    assert said == tokenizer.decode(ids) and len(ids) > 4
+    assert answer == tokenizer.decode(ids)
+    assert len(ids) > 4
 
 
 def test_lm_eval(run, sft):
     HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed").HFLM
     from lm_eval.api.instance import Instance
 
-    pairs = [(f"Question: what follows {n}?\nAnswer:", f" It is {n + 1}.") for n in range(12)] + [
-        ("\n\nHuman: Hi.", " x")
-    ]
-    theirs = HFLM(pretrained=str(run / "sft"), device="cpu", dtype="float32", batch_size=4).loglikelihood(
-        [Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True
-    )
-    torch.testing.assert_close(loglikelihoods(*sft, pairs), torch.tensor([ll for ll, _ in theirs]), rtol=0, atol=1e-4)
+    pairs = [(f"Question: what follows {n}?\nAnswer:", f" It is {n + 1}.") for n in range(12)]
+    pairs.append(("\n\nHuman: Hi.", " x"))
+    harness = HFLM(pretrained=str(run / "sft"), device="cpu", dtype="float32", batch_size=4)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    expected = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    torch.testing.assert_close(loglikelihoods(*sft, pairs), torch.tensor(expected), rtol=0, atol=1e-4)
 
 
 def test_mergekit_reads_both_and_merges_to_the_same(run, tmp_path):
-    pytest.importorskip("mergekit", reason="not installed; its pins exclude ours: pip install --no-deps mergekit, and immutables scipy")
+    way = "pip install --no-deps mergekit, and immutables scipy"
+    pytest.importorskip("mergekit", reason=f"not installed; its pins exclude ours: {way}")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
     merge_checkpoints(run / "sft", BASE, tmp_path / "ours", 0.7)
-    parts = [{"model": str(f), "parameters": {"weight": w}} for f, w in ((run / "sft", 0.7), (BASE, 0.3))]
+    parts = [
+        {"model": str(run / "sft"), "parameters": {"weight": 0.7}},
+        {"model": str(BASE), "parameters": {"weight": 0.3}},
+    ]
     config = {"merge_method": "linear", "models": parts, "dtype": "float32", "parameters": {"normalize": False}}
     run_merge(MergeConfiguration.model_validate(config), str(tmp_path / "theirs"), MergeOptions(quiet=True))
     ours, theirs = Weights(tmp_path / "ours"), Weights(tmp_path / "theirs")
@@ -106,7 +111,7 @@ def test_a_folder_of_mistrals_own_form_leaves_as_hugging_face_form(tmp_path):
     shutil.copytree(BASE, source, ignore=lambda *_: ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
     (source / "tokenizer.model").unlink()
     shutil.copy(f"{peer.__path__[0]}/data/tokenizer.model.v1", source / "tokenizer.model.v1")
-    run = c2f.Run(c2f.resolve({"out": str(tmp_path / "run"), "stage": "sft"}, "sft"), "sft")
+    run = Run(c2f.resolve({"out": str(tmp_path / "run"), "stage": "sft"}, "sft"), "sft")
     run.save(Mistral.from_pretrained(source), load_tokenizer(source))
     saved = tmp_path / "run" / "sft"
     theirs = transformers.AutoTokenizer.from_pretrained(saved)

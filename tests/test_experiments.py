@@ -1,4 +1,4 @@
-"""bench/experiments.py: its jobs are made once and gone on with, its statistics are Student's, its report says what the
+"""evidence/: jobs are run once and go on where they were stopped, statistics are Student's, the report says what the
 numbers say."""
 
 import itertools
@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import world
+from evidence import claims, experiments, jobs, report, stages, stats
+from evidence.jobs import Job
+from generation import generate
+from model import Config, Mistral, initialize
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "bench"))
-import evidence_claims as claims  # noqa: E402
-import evidence_jobs as jobs  # noqa: E402
-import evidence_report as report  # noqa: E402
-import evidence_stages as stages  # noqa: E402
-import evidence_stats as stats  # noqa: E402
-import experiments  # noqa: E402
-from data import world  # noqa: E402
-from evidence_jobs import Job  # noqa: E402
-from generation import generate  # noqa: E402
-from model import Config, Mistral, initialize  # noqa: E402
 
 # ---------------------------------------------------------------- statistics
 
@@ -90,10 +85,11 @@ def test_logistic_fit_is_the_minimum():
 # ---------------------------------------------------------------- jobs
 
 
-def merging(gamma, **more):
-    return Job(
-        "merge", 0, tuple(sorted({"coarse": "data/tiny/base", "sft": "data/tiny/base", "gamma": gamma, **more}.items()))
-    )
+BASE = "data/tiny/base"
+
+
+def merging(gamma):
+    return Job("merge", 0, (("coarse", BASE), ("gamma", gamma), ("sft", BASE)))
 
 
 def test_key_is_of_all_that_matters():
@@ -106,7 +102,7 @@ def test_key_is_of_all_that_matters():
         Job("merge", 0, first.options, True),
     ]
     assert len({first.key, *(j.key for j in others)}) == 5
-    read = [Job("ask", 0, (("model", m),)) for m in (first, others[0], "data/tiny/base")]
+    read = [Job("ask", 0, (("model", m),)) for m in (first, others[0], BASE)]
     assert len({j.key for j in read}) == 3, "what is read counts"
     assert Job("fit", 0, (("runs", (first, others[0])),)).key != Job("fit", 0, (("runs", (first,)),)).key
 
@@ -128,41 +124,56 @@ def test_command_and_order(tmp_path):
     assert set(fit.needs) == {plus, reward}
     assert fit.command(tmp_path)[-5:] == [str(plus.output(tmp_path)), "other", "--models",
                                           f"a={reward.output(tmp_path)}", "b=folder"]  # fmt: skip
-    chain = jobs.priorities([plus], lambda j: 10.0)
+    chain = jobs.priorities([plus], lambda job: 10.0)
     assert chain[reward] == 20 and chain[plus] == 10
 
 
-def test_made_once_kept_and_gone_on_with(tmp_path, monkeypatch):
-    """A finished job is not run again, one whose output is gone is; what reads a failed one is left out; others run."""
-    write = "import sys, pathlib; g, out = sys.argv[1:]; assert float(g) <= 1, 'gamma'; pathlib.Path(out).write_text(g)"
-    python = [sys.executable, "-SE", "-c", write]
-    monkeypatch.setattr(Job, "command", lambda j, cache: [*python, str(dict(j.options)["gamma"]), str(j.output(cache))])
-    good, bad = merging(0.5), merging(2.0)
-    after_bad, after_good = (Job("merge", 0, (("coarse", j), ("gamma", 0.0), ("sft", j))) for j in (bad, good))
-    seen = []
-    run = lambda: jobs.run_all([after_bad, after_good], tmp_path, 2, lambda j: j.key, seen.append)  # noqa: E731
-    failed = run()
-    assert set(failed) == {bad, after_bad} and "gamma" in failed[bad] and set(seen) == {good, after_good}
-    told = good.record(tmp_path)
-    assert told["seconds"] > 0 and "python -SE -c" in told["command"]
+def replace_commands(monkeypatch, program):
+    """Every job is then a Python program, whose arguments are the job's gamma and the path of its output."""
+
+    def command(job, cache):
+        return [sys.executable, "-SE", "-c", program, str(dict(job.options)["gamma"]), str(job.output(cache))]
+
+    monkeypatch.setattr(Job, "command", command)
+
+
+def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch):
+    """A job whose output is gone is run again. What reads a failed one is left out, and the others run."""
+    program = "import sys; gamma, out = sys.argv[1:]; assert float(gamma) <= 1, 'gamma'; open(out, 'w').write(gamma)"
+    replace_commands(monkeypatch, program)
+    good = merging(0.5)
+    bad = merging(2.0)
+    after_bad, after_good = (Job("merge", 0, (("coarse", job), ("gamma", 0.0), ("sft", job))) for job in (bad, good))
+    done = []
+
+    def run():
+        done.clear()
+        return jobs.run_all([after_bad, after_good], tmp_path, 2, lambda job: job.key, done.append)
+
+    failures = run()
+    assert set(failures) == {bad, after_bad} and "gamma" in failures[bad] and set(done) == {good, after_good}
+    record = good.record(tmp_path)
+    assert record["seconds"] > 0 and "python -SE -c" in record["command"]
     stamp = (good.folder(tmp_path) / "job.json").stat().st_mtime_ns
     after_good.output(tmp_path).unlink()
-    seen.clear()
-    assert set(run()) == {bad, after_bad} and set(seen) == {good, after_good}
+    assert set(run()) == {bad, after_bad} and set(done) == {good, after_good}
     assert (good.folder(tmp_path) / "job.json").stat().st_mtime_ns == stamp
     assert after_good.output(tmp_path).exists()
 
 
-def test_what_an_older_version_left_is_begun_anew(tmp_path, monkeypatch):
-    """An interrupted try that c2f.py refuses to go on with (status 2) is removed, once; other mistakes are not hidden."""
-    write = "import sys, pathlib; out = pathlib.Path(sys.argv[1]); sys.exit(2) if (out.parent / 'old').exists() else 0;"
-    python = [sys.executable, "-SE", "-c", write + "out.write_text('')"]
-    monkeypatch.setattr(Job, "command", lambda j, cache: [*python, str(j.output(cache))])
-    job, rank = merging(0.5), lambda j: 0
+def test_interrupted_job_of_an_older_version_starts_anew(tmp_path, monkeypatch):
+    """An interrupted try that c2f.py refuses to resume (status 2) is removed, once; other mistakes are not hidden."""
+    program = "import sys, pathlib; out = pathlib.Path(sys.argv[2]); old = (out.parent / 'old').exists()"
+    replace_commands(monkeypatch, program + "; sys.exit(2) if old else out.write_text('')")
+    job = merging(0.5)
     job.folder(tmp_path).mkdir()
     (job.folder(tmp_path) / "old").touch()
-    assert set(jobs.run_all([job], tmp_path, 1, rank)) == {job}, "its first try: nothing of value was interrupted"
-    assert jobs.run_all([job], tmp_path, 1, rank) == {} and not (job.folder(tmp_path) / "old").exists()
+
+    def run():
+        return jobs.run_all([job], tmp_path, 1, lambda job: 0)
+
+    assert set(run()) == {job}, "its first try: nothing of value was interrupted"
+    assert run() == {} and not (job.folder(tmp_path) / "old").exists()
 
 
 def test_every_experiment_is_declared():
@@ -226,13 +237,15 @@ def test_averaged_logits_are_the_average():
             parameter.mul_(3.0)
         both = stages.Averaged(first, second, 0.3)
         tokens = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
-        logits = lambda t: 0.3 * first(t) + 0.7 * second(t)  # noqa: E731
+
+        def logits(tokens):
+            return 0.3 * first(tokens) + 0.7 * second(tokens)
+
         assert torch.allclose(both.lm_head(both.model(tokens)), logits(tokens), atol=1e-5)
         prompts = [tokens[0].tolist(), tokens[1, :4].tolist()]
-        spoken = generate(both, prompts, 12, temperature=0)
-        for prompt, said in zip(prompts, spoken):
-            for n, token in enumerate(said):
-                assert logits(torch.tensor([prompt + said[:n]]))[0, -1].argmax() == token
+        for prompt, ids in zip(prompts, generate(both, prompts, 12, temperature=0)):
+            for n, token in enumerate(ids):
+                assert logits(torch.tensor([prompt + ids[:n]]))[0, -1].argmax() == token
 
 
 def test_noise_is_told_from_growth():
@@ -259,12 +272,18 @@ def test_extensions_and_their_recovery():
 def test_tokens_to_a_level():
     """In a straight line between the runs of a kind; a level never reached costs the longest run, else an arm were the
     better for having stopped early."""
-    run = lambda ktokens, accuracy: {"series": {"tokens": [1000] * ktokens}, "accuracy": accuracy}  # noqa: E731
+
+    def run(ktokens, accuracy):
+        return {"series": {"tokens": [1000] * ktokens}, "accuracy": accuracy}
+
     arms = {name: run(i, 0.5) for names in claims.report.GROWTH.values() for i, name in enumerate(names)}
     arms |= {"base": {"accuracy": 0.5}, "dynamic, 30 steps": run(30, 0.7), "dynamic": run(60, 0.9),
              "fixed 32, 16 steps": run(9, 1.0), "fixed 128": run(84, 0.85)}  # fmt: skip
     claims.limit_growth_derive(arms)
-    to = lambda kind: [arms[kind][f"ktokens_to_{level}"] for level in (0.8, 0.9)]  # noqa: E731
+
+    def to(kind):
+        return [arms[kind][f"ktokens_to_{level}"] for level in (0.8, 0.9)]
+
     assert to("dynamic") == pytest.approx([45, 60]) and to("stepped") == [84, 84]
     assert to("fixed 32") == pytest.approx([1 + 8 * 0.6, 1 + 8 * 0.8])
     assert to("fixed 128") == pytest.approx([3 + 81 * 0.3 / 0.35, 84])
@@ -287,11 +306,11 @@ def test_fit_is_judged_on_other_runs(tmp_path):
         ]  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    runs = lambda *names: [str(tmp_path / n / "coarse") for n in names]  # noqa: E731
-    stages.main(["fit", "--out", str(tmp_path), "--runs", *runs("first", "second"), "--test-runs", *runs("tested")])
-    found = json.loads((tmp_path / "weights.json").read_text())
-    assert found["extensions"] == 2 and found["recovered"] == 1
-    assert found["log_loss"]["rate"] == pytest.approx(-math.log(1 - 3 / 4), abs=1e-4)
+    first, second, tested = (str(tmp_path / name / "coarse") for name in ("first", "second", "tested"))
+    stages.main(["fit", "--out", str(tmp_path), "--runs", first, second, "--test-runs", tested])
+    fit = json.loads((tmp_path / "weights.json").read_text())
+    assert fit["extensions"] == 2 and fit["recovered"] == 1
+    assert fit["log_loss"]["rate"] == pytest.approx(-math.log(1 - 3 / 4), abs=1e-4)
 
 
 def test_adversarial_texts_end_where_the_model_goes_on():
@@ -306,15 +325,14 @@ def test_adversarial_texts_end_where_the_model_goes_on():
 def synthetic(name="gamma", seeds=3):
     """A made-up JSON in which gamma 1 is right less often than 0.7, by 0.1 and a little more from seed to seed."""
     rng = torch.Generator().manual_seed(0)
-    arms = lambda: {  # noqa: E731
-        f"gamma {g}": {
-            "accuracy": 0.5 + 0.4 * min(g, 1.4 - g) + 0.01 * torch.rand(1, generator=rng).item(),
-            "verified_steps": 3.0 * g, "redundancy": 0.02, "ended_rate": 1.0, "length": 40.0, "general": 0.9,
-            "words_a_sentence": 5.0, "conversation": 0.9, "toxicity_provoking": 0.1,
-        }
-        for g in claims.GAMMAS
-    }  # fmt: skip
-    made = {"command": f"python bench/experiments.py {name}", "made": "2026-01-01", "core_hours": 1.0,
+    numbers = {"redundancy": 0.02, "ended_rate": 1.0, "length": 40.0, "general": 0.9, "words_a_sentence": 5.0,
+               "conversation": 0.9, "toxicity_provoking": 0.1}  # fmt: skip
+
+    def arms():
+        accuracy = {g: 0.5 + 0.4 * min(g, 1.4 - g) + 0.01 * torch.rand(1, generator=rng).item() for g in claims.GAMMAS}
+        return {f"gamma {g}": numbers | {"accuracy": accuracy[g], "verified_steps": 3.0 * g} for g in claims.GAMMAS}
+
+    made = {"command": f"python evidence/experiments.py {name}", "made": "2026-01-01", "core_hours": 1.0,
             "machine": {"cpu": "one", "torch": "2"}}  # fmt: skip
     return made | {"seeds": {str(s): arms() for s in range(seeds)}}
 
@@ -337,7 +355,7 @@ def test_report_says_what_the_numbers_say(tmp_path):
     )
     assert "answers correct at 0.7" in text
     for name in experiments.EXPERIMENTS:
-        assert name == "gamma" or f"python bench/experiments.py {name}`" in text
+        assert name == "gamma" or f"python evidence/experiments.py {name}`" in text
     report.write(tmp_path, results, experiments.EXPERIMENTS)
     assert (tmp_path / "EVIDENCE.md").read_text() == text
 
@@ -348,16 +366,22 @@ def test_figures_are_read_off_the_jobs(tmp_path):
     metrics = ["accuracy", "verified_steps", "redundancy", "ended_rate", "length", "reward", "general", "conversation"]
     metrics += ["new_task", "words_a_sentence", "repeated_4"]
     metrics += [f"{m}_{g}" for m in ("toxicity", "word_mass") for g in ("benign", "provoking", "adversarial")]
-    of = lambda seed: jobs.closure(experiments.flat(by_seed[seed]))  # noqa: E731
-    for job in [*of(0), *of(1), *of(2)[:-1]]:
+
+    def jobs_of_seed(seed):
+        return jobs.closure(experiments.flat(by_seed[seed]))
+
+    for job in [*jobs_of_seed(0), *jobs_of_seed(1), *jobs_of_seed(2)[:-1]]:
         job.folder(cache).mkdir(parents=True)
         (job.folder(cache) / "job.json").write_text('{"seconds": 36.0}')
         job.output(cache).write_text(json.dumps(dict.fromkeys(metrics, 0.5) | {"length": job.seed}))
-    measure = lambda arms: experiments.measure("gamma", arms, cache, results, "remade")  # noqa: E731
+
+    def measure(arms_by_seed):
+        experiments.measure("gamma", arms_by_seed, cache, results, "remade")
+
     measure(by_seed)
     made = json.loads((results / "gamma.json").read_text())
     assert list(made["seeds"]) == ["0", "1"] and made["seeds"]["1"]["gamma 0.3"]["length"] == 1
-    assert made["core_hours"] == round(36 * len({*of(0), *of(1)}) / 3600, 2)
+    assert made["core_hours"] == round(36 * len({*jobs_of_seed(0), *jobs_of_seed(1)}) / 3600, 2)
     measure({0: by_seed[0]})
     assert json.loads((results / "gamma.json").read_text()) == made
 
@@ -373,7 +397,7 @@ def test_values_of_items(tmp_path):
     assert tuned["mean_loss"] == 0.75 and not report.over_items({"0": {"arm": tuned}})
 
 
-SHIPPED = sorted((ROOT / "bench/results/evidence").glob("*.json"))
+SHIPPED = sorted((ROOT / "evidence/results").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
@@ -385,7 +409,7 @@ def test_what_fails_has_a_likely_reason(path):
 
 def test_readme_and_page_are_what_the_numbers_say():
     """docs/EVIDENCE.md is the report of the JSON files that are there, and the README has its first table."""
-    found = report.read(ROOT / "bench/results/evidence", experiments.EXPERIMENTS)
+    found = report.read(ROOT / "evidence/results", experiments.EXPERIMENTS)
     assert report.page(found, experiments.EXPERIMENTS) == (ROOT / "docs/EVIDENCE.md").read_text()
     assert report.table(report.HEADLINE, report.main_line(found)) in (ROOT / "README.md").read_text()
 
@@ -398,7 +422,10 @@ def test_one_seed_decides_nothing(tmp_path):
 def test_hacking_is_not_found_in_noise():
     """The top of a curve is looked up on the other seeds: a flat noisy score loses nothing on average."""
     g = torch.Generator().manual_seed(0)
-    noisy = lambda: (0.5 + 0.05 * torch.randn(50, generator=g)).tolist()  # noqa: E731
+
+    def noisy():
+        return (0.5 + 0.05 * torch.randn(50, generator=g)).tolist()
+
     seeds = {str(s): {"arm": {"series": {n: noisy() for n in ("reward", "kl", "second_score")}}} for s in range(40)}
     claims.hacking_across(seeds)
     mean, half = stats.interval([arms["arm"]["gold_lost"] for arms in seeds.values()])

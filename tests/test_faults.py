@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-
-from test_resume import FEW, files, same  # noqa: F401 (a fixture)
+from command_line import FEW, words
+from test_resume import assert_same
 
 import c2f
 
@@ -19,119 +18,119 @@ pytestmark = pytest.mark.faults
 KILLS = 20
 
 
-def started(out, files, *more, limit=None):  # noqa: F811
-    """The coarse stage in a process of its own, which saves at every step."""
-    command = [
-        sys.executable,
-        c2f.__file__,
-        "--stage",
-        "coarse",
-        "--out",
-        out,
-        *files,
-        *FEW,
-        "--save-every",
-        "1",
-        *more,
-    ]
-    folder = Path(files[1]).parent  # where the score function is
-    return subprocess.Popen(
-        list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=limit
-    )
+@pytest.fixture(scope="module")
+def start(files):
+    """start(out, *more): a process of its own at the coarse stage, which saves at every step."""
+
+    def run(out, *more, limit=None):
+        arguments = ["--stage", "coarse", "--out", out, *words(files), *FEW, "--save-every", "1", *more]
+        command = [sys.executable, c2f.__file__, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        folder = files["--model"].parent  # where the score function is
+        return subprocess.Popen(command, cwd=folder, preexec_fn=limit, **pipes)
+
+    return run
+
+
+def finish(child):
+    """(exit status, stderr) of a process."""
+    _, err = child.communicate()
+    return child.returncode, err
+
+
+def assert_failed(child, *names):
+    """Status 1, and one line that names each of these."""
+    status, err = finish(child)
+    assert status == 1 and err.count("\n") == 1 and "Traceback" not in err, err
+    for name in names:
+        assert name.lower() in err.lower()
 
 
 @pytest.fixture(scope="module")
-def whole(files, tmp_path_factory):  # noqa: F811
+def whole(start, tmp_path_factory):
     """(an uninterrupted run's folder, the seconds from its first file to its end)."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    child = started(out, files)
+    child = start(out)
     while not (out / "config.json").exists():
         assert child.poll() is None, child.communicate()
         time.sleep(0.002)
-    began = time.time()
+    beginning = time.time()
     assert child.wait() == 0
-    return out, time.time() - began
+    return out, time.time() - beginning
 
 
-def writing(out):
+def is_writing(out):
     """Whether a checkpoint is being written in this moment."""
     return any((out / "checkpoint/coarse").glob(".step-*.writing/tensors.safetensors"))
 
 
+def wait_for_writing(child, out, expected):
+    while child.poll() is None and is_writing(out) != expected:
+        pass
+
+
 @pytest.mark.parametrize("number", range(KILLS))
-def test_killed_at_any_moment_it_goes_on_to_the_same_weights(number, whole, files, tmp_path):  # noqa: F811
+def test_killed_at_any_moment_it_resumes_to_the_same_weights(number, whole, start, tmp_path):
     """Even numbers: at a random time after the first file was written. Odd ones: in the midst of a checkpoint."""
-    (uninterrupted, seconds), out, rng = whole, tmp_path / "run", random.Random(number)
-    child = started(out, files)
+    folder, seconds = whole
+    out = tmp_path / "run"
+    rng = random.Random(number)
+    child = start(out)
     while child.poll() is None and not (out / "config.json").exists():
         time.sleep(0.002)
     if number % 2:
         for _ in range(rng.randint(0, 3)):  # let a few pass
-            while child.poll() is None and not writing(out):
-                pass
-            while child.poll() is None and writing(out):
-                pass
-        while child.poll() is None and not writing(out):
-            pass
+            wait_for_writing(child, out, True)
+            wait_for_writing(child, out, False)
+        wait_for_writing(child, out, True)
     else:
         time.sleep(rng.uniform(0, seconds))
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    if child.returncode != 0:  # not done before the signal came
+    if child.returncode != 0:  # it had not ended before the signal came
         assert child.returncode == -signal.SIGKILL
-        again = started(out, files, "--resume")
-        _, err = again.communicate()
-        assert (again.returncode, err) == (0, "")
-    assert same(out, uninterrupted, "coarse")
+        assert finish(start(out, "--resume")) == (0, "")
+    assert_same(out, folder, "coarse")
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_to_go_on_from(whole, files, tmp_path):  # noqa: F811
-    """A limit on the size of a file that the log passes, and so the second checkpoint's tensors do not."""
+def test_a_full_disk_is_one_line_and_leaves_a_checkpoint_to_resume_from(whole, start, tmp_path):
+    """A limit on the size of a file that the log passes, and so a checkpoint's tensors do not."""
     out = tmp_path / "run"
-    child = started(out, files, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
-    _, err = child.communicate()
-    assert child.returncode == 1 and err.count("\n") == 1 and "Traceback" not in err, err
-    assert str(out) in err and "too large" in err.lower()
-    assert not (out / "coarse").exists() and not writing(out)
-    again = started(out, files, "--resume")
-    assert again.communicate()[1] == "" and again.returncode == 0
-    assert same(out, whole[0], "coarse")
+    child = start(out, limit=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)))
+    assert_failed(child, str(out), "too large")
+    assert not (out / "coarse").exists() and not is_writing(out)
+    assert finish(start(out, "--resume")) == (0, "")
+    assert_same(out, whole[0], "coarse")
 
 
-def test_too_little_memory_is_one_line_that_names_what_takes_less(files, tmp_path):  # noqa: F811
+def test_too_little_memory_is_one_line_that_names_what_takes_less(start, tmp_path):
     """Room for the program, and not for what it is asked."""
-    room = lambda: resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))
     more = ["--batch", "20000", "--length-limit", "40000", "--limit-maximum", "40000"]
-    child = started(tmp_path / "run", files, *more, limit=room)
-    _, err = child.communicate()
-    assert child.returncode == 1 and err.count("\n") == 1 and "--microbatch" in err, err
+    limit = 4 * 2**30
+    child = start(tmp_path / "run", *more, limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    assert_failed(child, "--microbatch")
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(files, tmp_path):  # noqa: F811
+def test_a_folder_that_cannot_be_written_is_one_line(start, tmp_path):
     (tmp_path / "closed").mkdir()
     (tmp_path / "closed").chmod(0o500)
     if os.access(tmp_path / "closed", os.W_OK):
         pytest.skip("nothing is read-only to this user")
-    child = started(tmp_path / "closed/run", files)
-    _, err = child.communicate()
-    assert child.returncode == 1 and err.count("\n") == 1 and "closed/run" in err
+    assert_failed(start(tmp_path / "closed/run"), "closed/run")
 
 
-def test_a_folder_that_the_system_keeps_is_one_line(files):  # noqa: F811
+def test_a_folder_that_the_system_keeps_is_one_line(start):
     """Read-only for root as well."""
-    child = started("/proc/run", files)
-    _, err = child.communicate()
-    assert child.returncode == 1 and err.count("\n") == 1 and "/proc/run" in err
+    assert_failed(start("/proc/run"), "/proc/run")
 
 
-def test_two_processes_at_once(whole, files, tmp_path):  # noqa: F811
+def test_two_processes_at_once(whole, start, tmp_path):
     """One of them does the work, the other is refused."""
     out = tmp_path / "run"
-    both = [started(out, files) for _ in range(2)]
-    said = [child.communicate()[1] for child in both]
-    assert sorted(child.returncode for child in both) == [0, 2]
-    (refused,) = (line for line in said if line)
-    assert refused.count("\n") == 1 and (
-        "another process" in refused or "has work in it" in refused or "interrupted" in refused
-    )
-    assert same(out, whole[0], "coarse")
+    children = [start(out), start(out)]
+    results = sorted(finish(child) for child in children)
+    assert [status for status, _ in results] == [0, 2]
+    line = results[1][1]
+    reasons = ("another process", "has work in it", "interrupted")
+    assert line.count("\n") == 1 and any(reason in line for reason in reasons)
+    assert_same(out, whole[0], "coarse")

@@ -80,9 +80,7 @@ def greedy_of(theirs, row, new, **options):
     theirs.generation_config.eos_token_id = None
     tokens = torch.tensor([row])
     mask = torch.ones_like(tokens)
-    out = theirs.generate(
-        tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **options
-    )
+    out = theirs.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
     return out[0, len(row) :].tolist()
 
 
@@ -375,7 +373,6 @@ def test_rows_dropped_from_the_cache_leave_the_others_as_they_were(both, widths)
 @torch.no_grad()
 def test_a_cache_that_is_reset_knows_nothing_of_before(both):
     ours, theirs = both
-    rows = random_rows([9, 4, 7])
     cache = Cache(ours.config, 3, 20, "cpu", torch.float32)
     for seed in (1, 2):
         rows = random_rows([6, 3, 8], seed)

@@ -1,14 +1,14 @@
-"""The monitors of a PPO run: what each is to notice, and that a healthy run is told nothing."""
+"""The monitors of a PPO run: what each of them notices, and that a healthy run gets no warning."""
 
 import json
+import math
 import random
 
 import pytest
-from test_c2f import main, rows
-from test_resume import FEW, files, interrupted  # noqa: F401 (a fixture)
+from command_line import main, rows
 
-import ppo
-from monitors import LONG, MONITORS, Monitors
+from ppo import PPOTrainer
+from run.monitors import LONG, MONITORS, Monitors
 
 HEALTHY = {
     "kl_per_token": 0.03,
@@ -22,23 +22,29 @@ HEALTHY = {
     "explained_variance": 0.8,
     "skipped_updates": 0,
 }
-NAN = float("nan")
+EXACT = ("ratio_first", "skipped_updates")
 
 
 def noisy(rng):
-    return {k: v * (1 + 0.1 * rng.gauss(0, 1)) if v not in (0, 1.0) else v for k, v in HEALTHY.items()}
+    row = dict(HEALTHY)
+    for name in row:
+        if name not in EXACT:
+            row[name] *= 1 + 0.1 * rng.gauss(0, 1)
+    return row
 
 
-def warned(changes, ends=True):
-    """{name: first step} of the warnings of a run whose step n is a healthy one with `changes(n)`."""
-    monitors, rng, first = Monitors(ends), random.Random(0), {}
+def first_warnings(change, ends=True):
+    """{name: first step} of the warnings of a run whose step n is a healthy one with what `change(n)` returns."""
+    monitors = Monitors(ends)
+    rng = random.Random(0)
+    first = {}
     for n in range(1, 61):
-        for name in monitors.check(noisy(rng) | changes(n)):
+        for name in monitors.check(noisy(rng) | change(n)):
             first.setdefault(name, n)
     return first
 
 
-SICK = {  # monitor: (what the metrics of step n are, the step at which it is to speak)
+SICK = {  # monitor: (the metrics of step n, the step at which it must warn)
     "kl": (lambda n: {"kl_per_token": 1.0 * (n > 20)}, 23),
     "negative_kl": (lambda n: {"kl_per_token": -0.2 * (n > 20)}, 22),
     "entropy": (lambda n: {"entropy": 0.2 if n <= 20 else 0.001}, 25),
@@ -48,72 +54,76 @@ SICK = {  # monitor: (what the metrics of step n are, the step at which it is to
     "truncation": (lambda n: {"truncation_rate": float(n > 20)}, 25),
     "ratio_first": (lambda n: {"ratio_first": 1.3 if n > 20 else 1.01}, 21),
     "explained_variance": (lambda n: {"explained_variance": -1.0 if n > 20 else 1.0}, 31),
-    "skipped_updates": (lambda n: {"skipped_updates": int(n == 21), "reward": NAN if n == 21 else 0.5}, 21),
+    "skipped_updates": (lambda n: {"skipped_updates": int(n == 21), "reward": math.nan if n == 21 else 0.5}, 21),
 }
 
 
 @pytest.mark.parametrize("name", SICK)
-def test_each_monitor_speaks_in_time_and_alone(name):
-    changes, step = SICK[name]
-    assert warned(changes) == {name: step}
+def test_each_monitor_warns_in_time_and_alone(name):
+    change, step = SICK[name]
+    assert first_warnings(change) == {name: step}
 
 
-def test_a_healthy_run_is_told_nothing():
-    assert warned(lambda n: {}) == {} and set(SICK) == set(MONITORS)
-    assert warned(lambda n: {"truncation_rate": 1.0}, ends=False) == {}  # the coarse stage: nothing may end
-    single = lambda n: {"kl_per_token": 2.0, "clip_fraction": 0.9, "redundancy": 1.0} if n % 20 == 7 else {}
-    assert warned(single) == {}  # one odd batch
+def test_a_healthy_run_gets_no_warning():
+    def one_odd_batch(n):
+        return {"kl_per_token": 2.0, "clip_fraction": 0.9, "redundancy": 1.0} if n % 20 == 7 else {}
+
+    assert first_warnings(lambda n: {}) == {} and set(SICK) == set(MONITORS)
+    assert first_warnings(lambda n: {"truncation_rate": 1.0}, ends=False) == {}  # the coarse stage: nothing may end
+    assert first_warnings(one_odd_batch) == {}
 
 
 def test_rewards_that_rise_together_or_alone_are_no_hacking():
-    assert warned(lambda n: {"reward": 0.1 * n, "second_score": 0.1 * n}) == {}
+    assert first_warnings(lambda n: {"reward": 0.1 * n, "second_score": 0.1 * n}) == {}
     monitors = Monitors()
-    for n in range(40):  # no second score at all
-        row = {k: v for k, v in HEALTHY.items() if k != "second_score"} | {"reward": 0.1 * n}
-        assert monitors.check(row) == {}
+    row = {name: value for name, value in HEALTHY.items() if name != "second_score"}
+    for n in range(40):
+        assert monitors.check(row | {"reward": 0.1 * n}) == {}
 
 
-def test_values_that_are_not_finite_set_nothing_else_off():
-    for value in (NAN, None):
-        changes = lambda n: {k: value for k in HEALTHY if k not in ("skipped_updates",)} if n == 9 else {}
-        assert warned(changes) == {}
+@pytest.mark.parametrize("value", [math.nan, None])
+def test_values_that_are_not_finite_set_no_other_monitor_off(value):
+    def change(n):
+        return {name: value for name in HEALTHY if name != "skipped_updates"} if n == 9 else {}
+
+    assert first_warnings(change) == {}
 
 
-def test_a_run_prints_a_warning_once_logs_it_at_every_step_and_the_report_repeats_it(files, tmp_path, monkeypatch):  # noqa: F811
-    real = ppo.PPOTrainer.step
+def change_metrics(monkeypatch, change):
+    """Replaces metrics of a PPO trainer's step n by those that `change(n)` returns."""
+    step = PPOTrainer.step
 
-    def step(self):
-        metrics, samples = real(self)
-        return metrics | {"ratio_first": 1.5 if self.steps_done >= 3 else 1.0}, samples
+    def step_with_change(trainer):
+        metrics, samples = step(trainer)
+        updates_a_step = trainer.options.epochs * trainer.options.minibatches
+        return metrics | change(trainer.actor_optimizer.updates // updates_a_step), samples
 
-    monkeypatch.setattr(ppo.PPOTrainer, "step", step)
-    done = main("--stage", "coarse", "--out", tmp_path, *files, *FEW)
-    assert done.code == 0 and done.out.count("warning (ratio_first)") == 1
-    assert [r.get("warnings") for r in rows(tmp_path)] == [None, None] + [["ratio_first"]] * 4
-    shown = main("--stage", "report", "--out", tmp_path)
-    assert shown.code == 0 and "coarse, step 6" in shown.out and "(ratio_first), last at step 6" in shown.out
+    monkeypatch.setattr(PPOTrainer, "step", step_with_change)
 
 
-def test_monitors_remember_across_an_interruption(files, tmp_path, monkeypatch):  # noqa: F811
-    """Five steps' mean, of which four were before it."""
-    real = ppo.PPOTrainer.step
-
-    def step(self):
-        metrics, samples = real(self)
-        return metrics | {"clip_fraction": 0.9}, samples
-
-    monkeypatch.setattr(ppo.PPOTrainer, "step", step)
-    interrupted("coarse", tmp_path, 5, files, monkeypatch)
-    assert main("--stage", "coarse", "--out", tmp_path, *files, *FEW, "--resume").code == 0
-    assert [r.get("warnings") for r in rows(tmp_path)] == [None] * 4 + [["clip_fraction"]] * 2
+def test_a_run_prints_a_warning_once_logs_it_at_every_step_and_the_report_repeats_it(run_stage, tmp_path, monkeypatch):
+    change_metrics(monkeypatch, lambda n: {"ratio_first": 1.5 if n >= 3 else 1.0})
+    result = run_stage("coarse", tmp_path)
+    assert result.code == 0 and result.out.count("warning (ratio_first)") == 1
+    assert [row.get("warnings") for row in rows(tmp_path)] == [None, None] + [["ratio_first"]] * 4
+    report = main("--stage", "report", "--out", tmp_path)
+    assert report.code == 0 and "coarse, step 6" in report.out and "(ratio_first), last at step 6" in report.out
 
 
-def test_the_report_of_a_run_under_way(files, tmp_path, monkeypatch):  # noqa: F811
-    """Locked by the run, its last line half written, a step without a reward."""
-    interrupted("coarse", tmp_path, 4, files, monkeypatch)
+def test_monitors_remember_across_an_interruption(run_stage, interrupt, tmp_path, monkeypatch):
+    """The mean of five steps, of which four were before it."""
+    change_metrics(monkeypatch, lambda n: {"clip_fraction": 0.9})
+    interrupt("coarse", tmp_path, 5)
+    assert run_stage("coarse", tmp_path, "--resume").code == 0
+    assert [row.get("warnings") for row in rows(tmp_path)] == [None] * 4 + [["clip_fraction"]] * 2
+
+
+def test_the_report_of_a_run_under_way(interrupt, tmp_path):
+    """Its last line is half written, and a step had no reward."""
+    interrupt("coarse", tmp_path, 4)
     row = rows(tmp_path)[-1]
     with open(tmp_path / "metrics.jsonl", "a") as log:
         log.write(json.dumps(row | {"step": 4, "reward": None, "kl": None}) + "\n" + json.dumps(row)[:40])
-    done = main("--stage", "report", "--out", tmp_path)
-    assert (done.code, done.err) == (0, "") and "coarse, step 4: length_limit 10" in done.out
+    result = main("--stage", "report", "--out", tmp_path)
+    assert (result.code, result.err) == (0, "") and "coarse, step 4: length_limit 10" in result.out
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

@@ -40,7 +40,7 @@ ODD_TEXTS = [
     "naïve café, Ångström, e\u0301, Straße, £5 ½ ² Ⅷ",
     "Привет, мир. 你好，世界。 こんにちは 안녕하세요 مرحبا नमस्ते १२३",
     "emoji 😀 👍🏽 👩‍👩‍👧 and zero\u200bwidth, nul \x00, \ufeff, \x7f",
-    "https://example.org/a_b?c=d&e=%20#f  {\"k\": [1, null]}  <b>x</b>  x_i^2 \\frac{1}{2}",
+    'https://example.org/a_b?c=d&e=%20#f  {"k": [1, null]}  <b>x</b>  x_i^2 \\frac{1}{2}',
     "bytes that the vocabulary lacks, \x04 \x16 \U00050000, are dropped",
     "antidisestablishmentarianism AAAAAAAAAAAAAAAA ................ ----------------",
 ]

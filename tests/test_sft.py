@@ -10,7 +10,9 @@ import torch.nn.functional as F
 
 import sft
 from data import world
+from generation import pad_right
 from model import Config, Mistral, initialize
+from sft import SFTOptions, SFTTrainer
 from tokenizer import load_tokenizer
 
 SINGLE = [
@@ -38,42 +40,39 @@ def tokenizers(tmp_path_factory):
     return {name: load_tokenizer(folder, name) for name in ENDS}
 
 
-def tiny_model(vocab_size=770, seed=0):
-    config = Config(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=16,
-    )
+def tiny_model(seed=0):
+    sizes = {"vocab_size": 770, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = Config(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
     return initialize(Mistral(config), torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")
 def examples(tokenizers):
-    """Rows of the tiny world, short and long: answers alone learnt, and every third learnt whole, as in pretraining."""
-    rows = [
-        json.loads(line) for line in (world.TINY / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-    ]
-    turns = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["response"]}] for r in rows]
-    chats = [sft.chat_example(tokenizers["hh"], t, 256) for t in turns]
-    return [(ids, [True] * len(ids) if i % 3 == 1 else mask) for i, (ids, mask) in enumerate(chats)]
+    """Rows of the tiny world, short and long. The answers count, and in every third row all tokens."""
+    lines = (world.TINY / "instructions.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    examples = []
+    for i, row in enumerate(map(json.loads, lines)):
+        question = {"role": "user", "content": row["prompt"]}
+        answer = {"role": "assistant", "content": row["response"]}
+        ids, mask = sft.chat_example(tokenizers["hh"], [question, answer], 256)
+        examples.append((ids, [True] * len(ids) if i % 3 == 1 else mask))
+    return examples
 
 
-# ---------------------------------------------------------------- what is learnt
+# ---------------------------------------------------------------- which tokens count
 
 
-def runs(ids, mask):
+def stretches(ids, mask):
     """The ids of each unbroken stretch of the mask."""
-    out, before = [], False
-    for i, m in zip(ids, mask, strict=True):
-        if m:
-            out = out if before else [*out, []]
-            out[-1].append(i)
-        before = m
-    return out
+    rows = []
+    before = False
+    for i, counted in zip(ids, mask, strict=True):
+        if counted and not before:
+            rows.append([])
+        if counted:
+            rows[-1].append(i)
+        before = counted
+    return rows
 
 
 @pytest.mark.parametrize("messages", [SINGLE, SYSTEM, MULTI], ids=["single", "system", "multi"])
@@ -82,21 +81,22 @@ def test_the_mask_covers_the_answers_and_nothing_else(tokenizers, template, mess
     tokenizer = tokenizers[template]
     ids, mask = sft.chat_example(tokenizer, messages, 999)
     assert ids == tokenizer.encode_chat(messages, add_generation_prompt=False)
-    answers = [m["content"] for m in messages if m["role"] == "assistant"]
-    assert [tokenizer.decode(run).strip() for run in runs(ids, mask)] == answers
-    context = tokenizer.decode([i for i, m in zip(ids, mask) if not m])
-    assert not any(a in context for a in answers) and all(
-        m["content"] in context for m in messages if m["role"] != "assistant"
-    )
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    others = [message["content"] for message in messages if message["role"] != "assistant"]
+    assert [tokenizer.decode(row).strip() for row in stretches(ids, mask)] == answers
+    context = tokenizer.decode([i for i, counted in zip(ids, mask) if not counted])
+    assert not any(text in context for text in answers)
+    assert all(text in context for text in others)
 
 
 @pytest.mark.parametrize("template", ENDS)
 def test_the_ending_of_the_last_answer_is_learnt(tokenizers, template):
     tokenizer = tokenizers[template]
-    ids, mask = sft.chat_example(tokenizer, MULTI, 999)
-    assert tokenizer.eos_id == tokenizer.controls[ENDS[template]] and tokenizer.eos_id in runs(ids, mask)[-1]
+    rows = stretches(*sft.chat_example(tokenizer, MULTI, 999))
+    assert tokenizer.eos_id == tokenizer.controls[ENDS[template]]
+    assert tokenizer.eos_id in rows[-1]
     if template != "hh":  # there the next turn ends an answer in the middle
-        assert all(run.count(tokenizer.eos_id) == 1 for run in runs(ids, mask))
+        assert all(row.count(tokenizer.eos_id) == 1 for row in rows)
 
 
 def test_a_long_dialogue_is_cut_with_its_mask(tokenizers):
@@ -106,118 +106,132 @@ def test_a_long_dialogue_is_cut_with_its_mask(tokenizers):
 
 
 def test_pretraining_rows_have_bos_and_eos_and_learn_every_token(tokenizers):
-    tokenizer, documents = tokenizers["hh"], list(islice(world.corpus(3), 40))
-    draw = sft.pretrain_examples(tokenizer, iter(documents), count=20)
-    for texts in (documents[:20], documents[20:]):  # each draw takes the next ones
-        rows = draw()
-        assert [tokenizer.decode(ids) for ids, _ in rows] == texts
-        for ids, mask in rows:
-            assert (ids[0], ids[-1]) == (1, 2) and ids.count(1) == ids.count(2) == 1 and mask == [True] * len(ids)
+    tokenizer = tokenizers["hh"]
+    documents = list(islice(world.corpus(3), 40))
+    examples = sft.document_examples(tokenizer, iter(documents), tokens=1000)
+    total = sum(len(ids) for ids, _ in examples)
+    assert 1000 <= total < 1000 + len(examples[-1][0])  # the last document is whole
+    assert [tokenizer.decode(ids) for ids, _ in examples] == documents[: len(examples)]
+    for ids, mask in examples:
+        assert ids[0] == 1 and ids[-1] == 2
+        assert ids.count(1) == ids.count(2) == 1
+        assert mask == [True] * len(ids)
 
 
 # ---------------------------------------------------------------- the loss
 
 
-def by_torch(logits, rows):
-    """Summed cross entropy of the counted tokens of `rows`, from logits (B, T, V), a token at a time."""
-    terms = [
-        F.cross_entropy(logits[b, t - 1], torch.tensor(ids[t]))
-        for b, (ids, mask) in enumerate(rows)
-        for t in range(1, len(ids))
-        if mask[t]
-    ]
-    return torch.stack(terms).sum()
+def trainer_of(model, examples, batch_tokens, **options):
+    defaults = {"steps": 10, "train_lr": 1e-3}
+    return SFTTrainer(model, examples, SFTOptions(batch_tokens=batch_tokens, **defaults | options))
 
 
-def right_padded(rows):
-    width = max(len(ids) for ids, _ in rows)
-    return torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows]), torch.tensor(
-        [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows]
-    )
+def loss_by_torch(model, rows):
+    """Mean cross entropy of the counted tokens, each row by itself, a token at a time. And their number."""
+    terms = []
+    for ids, mask in rows:
+        logits = model(torch.tensor([ids]))[0]
+        for t in range(1, len(ids)):  # nothing predicts a first token
+            if mask[t]:
+                terms.append(F.cross_entropy(logits[t - 1], torch.tensor(ids[t])))
+    return torch.stack(terms).mean(), len(terms)
 
 
-def trainer_of(model, examples, batch_tokens, seed=0, **more):
-    return sft.Trainer(model, examples, 10, 1e-3, batch_tokens, seed, **more)
+def rows_per_part(trainer):
+    """A list that gets the rows of each part of the trainer's steps."""
+    parts = []
+    loss = trainer.loss
+
+    def call(rows):
+        parts.append(rows)
+        return loss(rows)
+
+    trainer.loss = call
+    return parts
 
 
-def test_the_loss_is_the_cross_entropy_of_the_answers_tokens(examples):
-    model, rows = tiny_model(), examples[:6]
-    with torch.no_grad():
-        logits = torch.nn.utils.rnn.pad_sequence(
-            [model(torch.tensor([ids]))[0] for ids, _ in rows], batch_first=True
-        )  # each row by itself
-        assert trainer_of(model, rows, 999).loss(rows).item() == pytest.approx(by_torch(logits, rows).item(), rel=1e-5)
-
-
+@torch.no_grad()
 def test_the_loss_is_the_one_transformers_takes_from_labels(examples, tmp_path):
     hf = pytest.importorskip("transformers", reason="the second source of the loss")
-    model, rows = tiny_model(), examples[:6]
-    model.save_pretrained(tmp_path / "model")
-    peer = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    tokens, mask = right_padded(rows)
-    labels = torch.tensor(
-        [
-            [i if m else -100 for i, m in zip(ids, learnt)] + [-100] * (tokens.shape[1] - len(ids))
-            for ids, learnt in rows
-        ]
-    )
-    with torch.no_grad():
-        theirs = peer(tokens, attention_mask=mask, labels=labels).loss.item()
-        ours = trainer_of(model, rows, 999).loss(rows).item() / (labels[:, 1:] >= 0).sum().item()
-    assert ours == pytest.approx(theirs, rel=1e-5)
-
-
-def test_parts_of_a_batch_add_up_to_the_batch(examples):
-    """A step's gradient is that of the mean over all counted tokens, however its rows are parted."""
     model = tiny_model()
-    whole, parts = copy.deepcopy(model), []
-    rows = trainer_of(model, examples, 700, seed=5).batch()
-    trainer = trainer_of(model, examples, 700, seed=5, max_grad_norm=float("inf"))
-    loss_of = trainer.loss
-    trainer.loss = lambda part: parts.append(len(part)) or loss_of(part)
+    rows = examples[:6]
+    model.save_pretrained(tmp_path)
+    peer = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens, mask = pad_right([ids for ids, _ in rows])
+    counted, _ = pad_right([row_mask for _, row_mask in rows], value=False)
+    labels = tokens.masked_fill(~counted, -100)
+    expected = peer(tokens, attention_mask=mask.long(), labels=labels).loss.item()
+    loss = trainer_of(model, rows, 999).loss(rows).item()
+    assert loss / counted[:, 1:].sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_is_that_of_the_mean_over_all_counted_tokens_however_its_rows_are_parted(examples):
+    model = tiny_model()
+    reference = copy.deepcopy(model)
+    trainer = trainer_of(model, examples, 700, seed=5, max_grad_norm=1e9)
+    parts = rows_per_part(trainer)
     gradients = {}
-    of = lambda *_: gradients.update((n, p.grad.clone()) for n, p in model.named_parameters())  # noqa: E731
-    trainer.optimizer.register_step_pre_hook(of)
+    step = trainer.optimizer.step
+
+    def note_and_step():
+        gradients.update((name, p.grad.clone()) for name, p in model.named_parameters())
+        return step()
+
+    trainer.optimizer.step = note_and_step
     figures = trainer.step()
-    assert len(parts) > 2 and sum(parts) == len(rows)
-    tokens, mask = right_padded(rows)
-    count = sum(m for _, learnt in rows for m in learnt[1:])  # nothing predicts a first token
-    loss = by_torch(whole(tokens, mask.bool()), rows) / count
+    assert len(parts) > 2
+    loss, count = loss_by_torch(reference, sum(parts, []))
     loss.backward()
-    assert figures["tokens"] == count and figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
-    for (name, ours), theirs in zip(gradients.items(), whole.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs.grad, rtol=1e-3, atol=1e-6, msg=name)
-    assert figures["grad_norm"] == pytest.approx(
-        torch.cat([p.grad.flatten() for p in whole.parameters()]).norm().item(), rel=1e-4
-    )
+    assert figures["tokens"] == count
+    assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    for name, p in reference.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+    norm = torch.cat([p.grad.flatten() for p in reference.parameters()]).norm().item()
+    assert figures["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 def test_each_example_is_read_once_before_any_is_read_again(examples):
-    trainer, total = trainer_of(tiny_model(), examples, 10**9), sum(len(ids) for ids, _ in examples)
-    trainer.batch_tokens = total  # exactly one pass
+    rows = examples[:20]
+    trainer = trainer_of(tiny_model(), rows, sum(len(ids) for ids, _ in rows))  # exactly one pass
+    parts = rows_per_part(trainer)
     for _ in range(2):
-        assert sorted(trainer.batch()) == sorted(examples)
-    trainer.batch_tokens = 500
-    sizes = [sum(len(ids) for ids, _ in trainer.batch()) for _ in range(5)]
-    assert all(500 <= n < 500 + max(len(ids) for ids, _ in examples) for n in sizes)
+        trainer.step()
+        assert sorted(sum(parts, [])) == sorted(rows)
+        parts.clear()
+    trainer.options.batch_tokens = 500
+    for _ in range(3):
+        trainer.step()
+        assert 500 <= sum(len(ids) for ids, _ in sum(parts, [])) < 500 + max(len(ids) for ids, _ in rows)
+        parts.clear()
 
 
 def test_training_lowers_the_loss_on_the_answers_it_saw(examples):
-    model, rows = tiny_model(), examples[:8]
-    trainer = sft.Trainer(model, rows, 40, 5e-3, 400)
+    model = tiny_model()
+    rows = examples[:8]
+    trainer = trainer_of(model, rows, 400, steps=40, train_lr=5e-3)
     losses = [trainer.step()["loss"] for _ in range(40)]
-    assert losses[0] > 5 and losses[-1] < losses[0] / 3
+    assert losses[0] > 5
+    assert losses[-1] < losses[0] / 3
     with torch.no_grad():
-        assert trainer.loss(rows).item() / sum(sum(m[1:]) for _, m in rows) < losses[0] / 3
+        assert loss_by_torch(model, rows)[0].item() < losses[0] / 3
 
 
-def test_what_is_not_counted_is_not_learnt(examples):
+def test_training_goes_on_bit_for_bit_from_its_state(examples):
+    first = trainer_of(tiny_model(), examples, 300)
+    first.step()
+    second = trainer_of(tiny_model(seed=9), examples, 300)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert [second.step(), second.step()] == [first.step(), first.step()]
+
+
+def test_what_is_not_counted_is_not_learnt():
     """Where one token counts, the head's gradient is the closed form of that one place."""
     model = tiny_model()
     ids = list(range(10, 40))
-    mask = [False] * 29 + [True]
-    trainer_of(model, [(ids, mask)], 100).loss([(ids, mask)]).backward()
-    probabilities = model(torch.tensor([ids]))[0, 28].softmax(-1).detach()
-    hidden = model.model(torch.tensor([ids]))[0, 28].detach()
-    wanted = (probabilities - F.one_hot(torch.tensor(39), 770))[:, None] * hidden
-    torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-3, atol=1e-6)
+    example = (ids, [False] * 29 + [True])
+    trainer_of(model, [example], 100).loss([example]).backward()
+    with torch.no_grad():
+        probabilities = model(torch.tensor([ids]))[0, 28].softmax(-1)
+        hidden = model.model(torch.tensor([ids]))[0, 28]
+    expected = (probabilities - F.one_hot(torch.tensor(39), 770))[:, None] * hidden
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-3, atol=1e-6)

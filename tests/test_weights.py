@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from test_model import assert_close, opened, peer, random_tokens
 
 import weights
+from data.world import TINY
 from model import Config, Mistral, ScalarModel
 from reward import RewardModel
-from weights import InputError, Weights, deinterleave, locate, save_folder
+from support.files import InputError
+from weights import Weights, deinterleave, fingerprint, locate, save_folder
 
 ROOT = Path(weights.__file__).parent
 TOKENS = random_tokens(2, 12)
@@ -37,7 +40,7 @@ def edit_json(path, **edits):
 
 
 def edit_tensors(path, **edits):
-    tensors = {**load_file(path), **{name.replace("__", "."): t for name, t in edits.items()}}
+    tensors = load_file(path) | edits
     save_file({k: v for k, v in tensors.items() if v is not DROP}, path, metadata={"format": "pt"})
 
 
@@ -82,11 +85,8 @@ def sharded(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_files_and_dtypes(tied, shards, dtype, tmp_path):
     peer(tie_word_embeddings=tied).to(dtype).save_pretrained(tmp_path, max_shard_size=shards)
-    assert (
-        (tmp_path / "model.safetensors").exists()
-        == (shards == "1GB")
-        == (len(list(tmp_path.glob("*.safetensors"))) < 3)
-    )
+    files = list(tmp_path.glob("*.safetensors"))
+    assert (len(files) == 1) == (tmp_path / "model.safetensors").exists() == (shards == "1GB")
     ours = Mistral.from_pretrained(tmp_path)
     assert_same_logits(ours, with_transformers(tmp_path))
     assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied and not ours.training
@@ -95,44 +95,37 @@ def test_files_and_dtypes(tied, shards, dtype, tmp_path):
 def test_the_dtype_asked_for(folder):
     stored = load_file(folder / "model.safetensors")
     for dtype in torch.float32, torch.bfloat16:
-        model = Mistral.from_pretrained(folder, dtype=dtype)
-        assert {n: (p.dtype, torch.equal(p, stored[n].to(dtype))) for n, p in model.named_parameters()} == {
-            n: (dtype, True) for n in stored
-        }
+        own = dict(Mistral.from_pretrained(folder, dtype=dtype).named_parameters())
+        assert own.keys() == stored.keys()
+        for name, p in own.items():
+            assert p.dtype == dtype and torch.equal(p, stored[name].to(dtype)), name
 
 
 THETA = {"rope_type": "default", "rope_theta": 700.0}
-FORMS = [  # what a config.json may look like; transformers reads the same one
-    pytest.param({}, id="as saved"),
-    pytest.param({"rope_parameters": DROP, "rope_theta": 700.0}, id="theta at top level"),
-    pytest.param({"rope_parameters": DROP, "rope_theta": 700}, id="theta an int"),
-    pytest.param({"rope_parameters": DROP, "rope_theta": 700.0, "rope_scaling": None}, id="rope_scaling null"),
-    pytest.param(
-        {"rope_parameters": DROP, "rope_theta": 700.0, "rope_scaling": {"type": "default"}},
-        id="rope_scaling of type default",
-    ),
-    pytest.param({"rope_parameters": DROP, "rope_scaling": THETA}, id="theta under rope_scaling"),
-    pytest.param(
-        {"rope_parameters": {"rope_type": "default"}, "rope_theta": 700.0}, id="rope_parameters without theta"
-    ),
-    pytest.param({"rope_parameters": {"rope_theta": 700.0}}, id="rope_parameters without type"),
-    pytest.param({"rope_parameters": DROP}, id="no theta"),
-    pytest.param({"rope_parameters": THETA, "rope_theta": 9000.0}, id="two thetas"),
-    pytest.param({"rope_parameters": THETA, "rope_theta": None}, id="theta null above rope_parameters"),
-    pytest.param({"sliding_window": None}, id="window null"),
-    pytest.param({"sliding_window": 3}, id="window 3"),
-    pytest.param({"sliding_window": DROP}, id="window absent"),
-    pytest.param({"head_dim": DROP}, id="head_dim absent"),
-    pytest.param({"head_dim": None}, id="head_dim null"),
-    pytest.param(
-        {"tie_word_embeddings": DROP, "hidden_act": DROP, "quantization_config": None}, id="defaults left out"
-    ),
-    pytest.param({"rms_norm_eps": DROP}, id="eps absent"),
-]
+FORMS = {  # what a config.json may look like; transformers reads the same one
+    "as saved": {},
+    "theta at top level": {"rope_parameters": DROP, "rope_theta": 700.0},
+    "theta an int": {"rope_parameters": DROP, "rope_theta": 700},
+    "rope_scaling null": {"rope_parameters": DROP, "rope_theta": 700.0, "rope_scaling": None},
+    "scaling default": {"rope_parameters": DROP, "rope_theta": 700.0, "rope_scaling": {"type": "default"}},
+    "theta under rope_scaling": {"rope_parameters": DROP, "rope_scaling": THETA},
+    "rope_parameters without theta": {"rope_parameters": {"rope_type": "default"}, "rope_theta": 700.0},
+    "rope_parameters without type": {"rope_parameters": {"rope_theta": 700.0}},
+    "no theta": {"rope_parameters": DROP},
+    "two thetas": {"rope_parameters": THETA, "rope_theta": 9000.0},
+    "theta null above rope_parameters": {"rope_parameters": THETA, "rope_theta": None},
+    "window null": {"sliding_window": None},
+    "window 3": {"sliding_window": 3},
+    "window absent": {"sliding_window": DROP},
+    "head_dim absent": {"head_dim": DROP},
+    "head_dim null": {"head_dim": None},
+    "defaults left out": {"tie_word_embeddings": DROP, "hidden_act": DROP, "quantization_config": None},
+    "eps absent": {"rms_norm_eps": DROP},
+}
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Llama"])
-@pytest.mark.parametrize("edits", FORMS)
+@pytest.mark.parametrize("edits", FORMS.values(), ids=FORMS)
 def test_config_forms(kind, edits, tmp_path):
     peer(kind, num_key_value_heads=4, sliding_window=5).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", **edits)
@@ -157,9 +150,13 @@ def test_a_classifier_of_transformers_opens(tmp_path):
 
 
 def test_a_new_head_on_any_trunk(folder):
-    model = ScalarModel.from_base(folder)
-    assert (model.head.weight == 0).all()
-    assert torch.equal(model.model.norm.weight, load_file(folder / "model.safetensors")["model.norm.weight"])
+    base = Mistral.from_pretrained(folder)
+    critic = ScalarModel.over(base)
+    assert critic.model is base.model
+    assert (critic(TOKENS) == 0).all()
+    reward_model = RewardModel.from_base(folder)
+    assert torch.equal(reward_model.model.norm.weight, base.model.norm.weight)
+    assert reward_model.head.weight.std().item() == pytest.approx(33**-0.5, rel=0.3)
     with pytest.raises(InputError, match="no score.weight"):
         ScalarModel.from_pretrained(folder)
 
@@ -183,7 +180,8 @@ OWN_NAMES = {
 
 def own_form(theirs, folder, files=("consolidated.safetensors",), **edits):
     """A model of transformers in the form that Mistral distributes: other names, rotary pairs side by side."""
-    c, tensors = theirs.config, {}
+    c = theirs.config
+    tensors = {}
     for name, weight in theirs.state_dict().items():
         own = name.removeprefix("model.")
         for hf, mistral in OWN_NAMES.items():
@@ -192,13 +190,14 @@ def own_form(theirs, folder, files=("consolidated.safetensors",), **edits):
         if own.endswith(("wq.weight", "wk.weight")):
             for row in range(len(weight)):
                 head, place = divmod(row, c.head_dim)
-                pair, second = place % (c.head_dim // 2), place >= c.head_dim // 2
+                second, pair = divmod(place, c.head_dim // 2)
                 tensors[own][head * c.head_dim + 2 * pair + second] = weight[row]
     if c.tie_word_embeddings:
         tensors.pop("output.weight", None)
     folder.mkdir(exist_ok=True)
     for i, file in enumerate(files):
-        save_file({n: t for j, (n, t) in enumerate(tensors.items()) if j % len(files) == i}, folder / file)
+        names = list(tensors)[i :: len(files)]
+        save_file({name: tensors[name] for name in names}, folder / file)
     params = {
         "dim": c.hidden_size,
         "n_layers": c.num_hidden_layers,
@@ -210,9 +209,9 @@ def own_form(theirs, folder, files=("consolidated.safetensors",), **edits):
         "vocab_size": c.vocab_size,
         "rope_theta": c.rope_parameters["rope_theta"],
         "sliding_window": c.sliding_window,
-        **edits,
     }
-    (folder / "params.json").write_text(json.dumps({k: v for k, v in params.items() if v is not DROP}))
+    params = {name: value for name, value in (params | edits).items() if value is not DROP}
+    (folder / "params.json").write_text(json.dumps(params))
 
 
 TWO = ("consolidated.00.safetensors", "consolidated.01.safetensors")
@@ -253,22 +252,25 @@ def test_own_weights_beside_a_config_without_head_dim(tmp_path):
 
 def test_deinterleaved_scores_equal_mistrals_complex_rotation():
     """Scores of queries and keys as Mistral's code makes them: neighbouring dimensions as one complex number."""
-    D, x = 6, torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    wq, wk = torch.randn(2, 2 * D, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    angles = torch.arange(5.0, dtype=torch.float64)[:, None] * 100.0 ** -(
-        torch.arange(0, D, 2, dtype=torch.float64) / D
-    )
-    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D/2)
-    q, k = (
-        torch.view_as_real(torch.view_as_complex((x @ w.T).view(5, 2, D // 2, 2)) * turn).flatten(2) for w in (wq, wk)
-    )
-
     from transformers.models.mistral.modeling_mistral import apply_rotary_pos_emb
 
+    D = 6
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wq, wk = torch.randn(2, 2 * D, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    theta = 100.0 ** -(torch.arange(0, D, 2, dtype=torch.float64) / D)
+    angles = torch.arange(5.0, dtype=torch.float64)[:, None] * theta  # (T, D/2)
+    turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (T, 1, D/2)
+
+    def in_pairs(w):
+        z = torch.view_as_complex((x @ w.T).view(5, 2, D // 2, 2)) * turn
+        return torch.view_as_real(z).flatten(2).transpose(0, 1)  # (H, T, D)
+
+    def in_halves(w):
+        return (x @ deinterleave(w, D).T).view(1, 5, 2, D).transpose(1, 2)  # (1, H, T, D)
+
     both = angles.repeat(1, 2)[None]  # (1, T, D)
-    halves = ((x @ deinterleave(w, D).T).view(1, 5, 2, D).transpose(1, 2) for w in (wq, wk))
-    q2, k2 = apply_rotary_pos_emb(*halves, both.cos(), both.sin())  # (1, H, T, D)
-    torch.testing.assert_close(q2 @ k2.mT, (q.transpose(0, 1) @ k.transpose(0, 1).mT)[None])
+    q, k = apply_rotary_pos_emb(in_halves(wq), in_halves(wk), both.cos(), both.sin())
+    torch.testing.assert_close(q @ k.mT, (in_pairs(wq) @ in_pairs(wk).mT)[None])
 
 
 # ------------------------------------------------------------------------------------------------ refused
@@ -277,28 +279,25 @@ REFUSED = {
     "another architecture": ({"model_type": "qwen2"}, "qwen2"),
     "mixtral": ({"model_type": "mixtral", "num_local_experts": 8}, "mixtral"),
     "no model_type": ({"model_type": DROP}, "model_type"),
-    "linear scaling": (
-        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": DROP},
-        "rope scaling.*linear",
-    ),
-    "llama3 scaling": (
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
-        "rope scaling.*llama3",
-    ),
-    "yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}}, "yarn"),
+    "linear scaling": ({"rope_scaling": {"type": "linear"}, "rope_parameters": DROP}, "rope scaling.*linear"),
+    "llama3 scaling": ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope scaling.*llama3"),
+    "yarn": ({"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "yarn"),
     "both": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None}, "dynamic"),
     "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config.*gptq"),
     "attention bias": ({"attention_bias": True}, "attention_bias"),
     "mlp bias": ({"mlp_bias": True}, "mlp_bias"),
     "experts": ({"num_local_experts": 8}, "num_local_experts"),
     "activation": ({"hidden_act": "gelu"}, "gelu"),
+    "heads in no groups": ({"num_key_value_heads": 3}, "4 heads .* 3 key/value heads"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    "a size that is no number": ({"hidden_size": "32"}, "hidden_size is '32'"),
 }
 
 
 @pytest.mark.parametrize("edits, named", REFUSED.values(), ids=REFUSED)
 def test_configs_refused_by_name_before_any_weight_is_read(folder, edits, named):
     (folder / "model.safetensors").write_bytes(b"reading this fails otherwise")
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="expected a whole safetensors file"):
         Mistral.from_pretrained(folder)
     edit_json(folder / "config.json", **edits)
     with pytest.raises(InputError, match=rf"config\.json: .*{named}"):
@@ -339,24 +338,27 @@ def spoil(name, place, value):
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def replace_up(tensor):
+    return lambda folder: edit_tensors(folder / "model.safetensors", **{UP: tensor})
+
+
 DAMAGE = {
-    "cut in its tensors": (lambda f: cut(f / "model.safetensors", 0.9), "model.safetensors: not a whole"),
-    "cut in its header": (lambda f: cut(f / "model.safetensors", 0.001), "model.safetensors: not a whole"),
-    "empty file": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors: not a whole"),
-    "a tensor missing": (lambda f: edit_tensors(f / "model.safetensors", **{UP: DROP}), f"no {UP}"),
+    "cut in its tensors": (lambda f: cut(f / "model.safetensors", 0.9), "model.safetensors: expected a whole"),
+    "cut in its header": (lambda f: cut(f / "model.safetensors", 0.001), "model.safetensors: expected a whole"),
+    "empty file": (lambda f: cut(f / "model.safetensors", 0), "model.safetensors: expected a whole"),
+    "a tensor missing": (replace_up(DROP), f"no {UP}"),
     "no head": (lambda f: edit_tensors(f / "model.safetensors", **{"lm_head.weight": DROP}), "no lm_head.weight.*tie"),
-    "a wrong shape": (
-        lambda f: edit_tensors(f / "model.safetensors", **{UP: torch.zeros(48, 31)}),
-        rf"{UP} is \(48, 31\).*\(48, 32\)",
-    ),
-    "transposed": (lambda f: edit_tensors(f / "model.safetensors", **{UP: torch.zeros(32, 48)}), UP),
+    "a wrong shape": (replace_up(torch.zeros(48, 31)), rf"{UP} is \(48, 31\).*\(48, 32\)"),
+    "transposed": (replace_up(torch.zeros(32, 48)), rf"{UP} is \(32, 48\).*\(48, 32\)"),
     "another vocabulary": (lambda f: edit_json(f / "config.json", vocab_size=62), r"\(61, 32\).*\(62, 32\)"),
     "NaN": (spoil(UP, -1, float("nan")), f"{UP} has NaN"),
     "infinite": (spoil("model.norm.weight", 0, float("inf")), "model.norm.weight has .*infinite"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json: missing"),
-    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
-    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json: not valid JSON"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: expected valid JSON"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe{"), "config.json: expected valid JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "config.json: expected a JSON object"),
 }
 
@@ -396,7 +398,7 @@ def test_not_a_folder(folder, tmp_path):
 @pytest.mark.parametrize(
     "index, named",
     [
-        ("{", "not valid JSON"),
+        ("{", "expected valid JSON"),
         ("{}", "weight_map"),
         ('{"weight_map": []}', "weight_map"),
         ('{"weight_map": {"a": 1}}', "weight_map"),
@@ -432,14 +434,16 @@ def test_index_names_no_file_outside_the_folder(sharded, form, tmp_path):
     names = json.loads(path.read_text())["weight_map"]
     instead = form.format(name=shard.name, folder=tmp_path)
     edit_json(path, weight_map={n: instead if f == shard.name else f for n, f in names.items()})
-    with pytest.raises(InputError, match="is not a file of this folder|not a whole"):
+    with pytest.raises(InputError, match="is not a file of this folder|expected a whole"):
         Weights(sharded)
 
 
 def test_links_into_the_hub_cache_open(sharded, tmp_path):
     """In huggingface_hub's cache a snapshot is links to ../../blobs."""
-    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "c0ffee", tmp_path / "models--a--b" / "blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "c0ffee"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for i, file in enumerate(sorted(sharded.iterdir())):
         (blobs / str(i)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(f"../../blobs/{i}")
@@ -460,7 +464,7 @@ OUT = {
 
 @pytest.mark.parametrize("options", OUT.values(), ids=OUT)
 def test_saved_models_open_in_transformers(options, tmp_path):
-    theirs = peer(**{"eos_token_id": [2, 7], "pad_token_id": 5, **options})
+    theirs = peer(**{"eos_token_id": [2, 7], "pad_token_id": 5} | options)
     ours = opened(theirs, tmp_path / "in")
     (tmp_path / "tokenizer.model").write_bytes(b"as it came")
     ours.save_pretrained(tmp_path / "out", [tmp_path / "tokenizer.model"])
@@ -468,15 +472,8 @@ def test_saved_models_open_in_transformers(options, tmp_path):
     assert reopened.config.architectures == [type(reopened).__name__] == [type(theirs).__name__]
     assert_same_logits(ours, reopened, 1e-5)
     assert_same_logits(Mistral.from_pretrained(tmp_path / "out"), theirs)
-    for key in (
-        "eos_token_id",
-        "bos_token_id",
-        "pad_token_id",
-        "vocab_size",
-        "tie_word_embeddings",
-        "rope_parameters",
-        "sliding_window" if "kind" not in options else "head_dim",
-    ):
+    keys = "eos_token_id bos_token_id pad_token_id vocab_size tie_word_embeddings rope_parameters".split()
+    for key in (*keys, "sliding_window" if "kind" not in options else "head_dim"):
         assert getattr(reopened.config, key) == getattr(theirs.config, key), key
     assert reopened.generation_config.eos_token_id == [2, 7] and reopened.generation_config.pad_token_id == 5
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"as it came"
@@ -489,8 +486,10 @@ def test_saved_dtype(folder, dtype):
     from transformers import AutoConfig
 
     Mistral.from_pretrained(folder, dtype=dtype).save_pretrained(folder.with_name("out"))
-    before, after = (load_file(f / "model.safetensors") for f in (folder, folder.with_name("out")))
-    assert {n: torch.equal(t.to(dtype), after[n]) for n, t in before.items()} == dict.fromkeys(after, True)
+    before = load_file(folder / "model.safetensors")
+    after = load_file(folder.with_name("out") / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.to(dtype), after[name]) for name, tensor in before.items())
     assert {t.dtype for t in after.values()} == {AutoConfig.from_pretrained(folder.with_name("out")).dtype} == {dtype}
 
 
@@ -506,33 +505,34 @@ def test_a_saved_reward_model_scores_the_same_in_transformers(kind, tied, tmp_pa
     scores = ours.score(TOKENS, mask)
     expected = torch.cat([theirs(row[m][None]).logits[:, 0] for row, m in zip(TOKENS, mask)])  # (B,), each row alone
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        RewardModel.from_pretrained(tmp_path / "reward").score(TOKENS, mask), scores, rtol=0, atol=0
-    )
+    assert torch.equal(RewardModel.from_pretrained(tmp_path / "reward").score(TOKENS, mask), scores)
     assert abs(scores[0] - scores[1]) > 1e-3
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 6000, 30_000, 10**9])
 def test_shards_and_their_index(folder, shard_bytes):
-    stored, out = load_file(folder / "model.safetensors"), folder.with_name("out")
+    stored = load_file(folder / "model.safetensors")
+    out = folder.with_name("out")
     save_folder(out, json.loads((folder / "config.json").read_text()), stored.items(), shard_bytes=shard_bytes)
-    held = {}
+    shards = {}
     for path in out.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            held[path.name] = {n: file.get_tensor(n) for n in file.keys()}
+            shards[path.name] = {name: file.get_tensor(name) for name in file.keys()}
             assert file.metadata() == {"format": "pt"}
-    sizes = {n: sum(t.nbytes for t in tensors.values()) for n, tensors in held.items()}
-    assert all(size <= shard_bytes or len(held[n]) == 1 for n, size in sizes.items())
+    sizes = {file: sum(t.nbytes for t in tensors.values()) for file, tensors in shards.items()}
+    assert all(size <= shard_bytes or len(shards[file]) == 1 for file, size in sizes.items())
     if shard_bytes == 10**9:
-        assert list(held) == ["model.safetensors"] and not (out / "model.safetensors.index.json").exists()
+        assert list(shards) == ["model.safetensors"]
+        assert not (out / "model.safetensors.index.json").exists()
     else:
+        weight_map = {}
+        for file, tensors in shards.items():
+            weight_map |= dict.fromkeys(tensors, file)
         index = json.loads((out / "model.safetensors.index.json").read_text())
-        assert index == {
-            "metadata": {"total_size": sum(sizes.values())},
-            "weight_map": {n: f for f, tensors in held.items() for n in tensors},
-        }
-        assert sorted(held) == [f"model-{i + 1:05}-of-{len(held):05}.safetensors" for i in range(len(held))]
-        assert len(held) == (len(stored) if shard_bytes == 1 else len(held)) > 2
+        assert index == {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        assert sorted(shards) == [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        assert len(shards) > 2
+        assert len(shards) == len(stored) or shard_bytes > 1
     assert_same_logits(Mistral.from_pretrained(out), with_transformers(out))
 
 
@@ -573,7 +573,50 @@ def test_a_model_can_be_saved_over_the_folder_it_is_read_from(folder):
     lazy = Weights(folder)
     save_folder(folder, lazy.config, ((n, lazy.read(n)) for n in lazy.names), shard_bytes=5000)
     again = Weights(folder)
-    assert {n: torch.equal(again.read(n), t) for n, t in stored.items()} == dict.fromkeys(again.names, True)
+    assert again.names.keys() == stored.keys()
+    assert all(torch.equal(again.read(name), tensor) for name, tensor in stored.items())
+
+
+# ------------------------------------------------------------------------------------------------ fingerprints
+
+
+@pytest.mark.parametrize("shards", ["1GB", "20KB"], ids=["single", "sharded"])
+def test_the_fingerprint_notices_every_retrained_tensor(shards, tmp_path):
+    peer(seed=1).save_pretrained(tmp_path, max_shard_size=shards)
+    assert_every_tensor_counts(tmp_path)
+
+
+def test_the_fingerprint_notices_every_retrained_tensor_of_large_files(tmp_path):
+    """The bundled base: 2.4 MB in bf16, matrices of many blocks beside norms of 256 bytes."""
+    shutil.copytree(TINY / "base", tmp_path / "base")
+    assert_every_tensor_counts(tmp_path / "base")
+
+
+def assert_every_tensor_counts(folder):
+    before = fingerprint(folder)
+    fingerprints = {before}
+    tensors = 0
+    for path in folder.glob("*.safetensors"):
+        content = path.read_bytes()
+        for name, tensor in load_file(path).items():
+            tensors += 1
+            edit_tensors(path, **{name: tensor * 1.02})
+            fingerprints.add(fingerprint(folder))
+            path.write_bytes(content)
+    assert len(fingerprints) == 1 + tensors > 20
+    assert fingerprint(folder) == before
+
+
+def test_the_fingerprint_does_not_depend_on_the_folder_or_its_other_files(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "tokenizer.json").write_text("{}")
+    assert fingerprint(tmp_path / "copy") == fingerprint(folder)
+
+
+def test_the_fingerprint_of_a_damaged_file_is_refused(folder):
+    cut(folder / "model.safetensors", 0.5)
+    with pytest.raises(InputError, match="model.safetensors: expected a whole"):
+        fingerprint(folder)
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -587,34 +630,30 @@ def anonymous():
 
 def watch():
     while True:
-        seen.append(anonymous())
+        sizes.append(anonymous())
         time.sleep(0.001)
 
 Mistral.from_pretrained(sys.argv[1], dtype=torch.bfloat16)  # tiny: what torch loads at first use does not count
-seen = [anonymous()]
+sizes = [anonymous()]
 threading.Thread(target=watch, daemon=True).start()
 model = Mistral.from_pretrained(sys.argv[2], dtype=torch.bfloat16)
-print((max(seen + [anonymous()]) - seen[0]) / sum(p.nbytes for p in model.parameters()))
+print((max(sizes + [anonymous()]) - sizes[0]) / sum(p.nbytes for p in model.parameters()))
 """
 
 
-def environment(**more):
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}  # other tests' hub is offline
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+def environment(**variables):
+    own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}  # other tests' hub is offline
+    return own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 def test_loading_needs_the_model_and_little_more(tmp_path):
-    sizes = {
-        "vocab_size": 2000,
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 10,
-        "num_attention_heads": 8,
-    }
+    sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10}
+    sizes |= {"num_attention_heads": 8}
     with torch.device("meta"):  # 88 MB in bf16, of which no tensor is more than a fortieth
-        shapes = {n: p.shape for n, p in Mistral(Config(**sizes)).named_parameters()}
-    save_folder(tmp_path / "model", {"model_type": "mistral", **sizes}, ((n, torch.ones(s)) for n, s in shapes.items()))
+        shapes = {name: p.shape for name, p in Mistral(Config(**sizes)).named_parameters()}
+    ones = ((name, torch.ones(shape)) for name, shape in shapes.items())
+    save_folder(tmp_path / "model", {"model_type": "mistral"} | sizes, ones)
     peer().save_pretrained(tmp_path / "tiny")
     command = [sys.executable, "-c", WATCH, tmp_path / "tiny", tmp_path / "model"]
     ratio = float(subprocess.run(command, stdout=subprocess.PIPE, check=True, timeout=120, env=environment()).stdout)
@@ -639,12 +678,13 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def answer_file(self, path, fetched):
-        body, headers = path.read_bytes(), {"ETag": f'"{path.parent.name}-{path.name}"', "X_Repo_Commit": SHA}
+        body = path.read_bytes()
+        headers = {"ETag": f'"{path.parent.name}-{path.name}"', "X_Repo_Commit": SHA}
         if self.command == "HEAD":
             return self.answer(200, body, **headers)
         self.server.fetched[fetched] += 1
-        if asked := self.headers.get("Range"):
-            start = int(asked.removeprefix("bytes=").split("-")[0])
+        if "Range" in self.headers:
+            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
             return self.answer(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **headers)
         if path.name in self.server.cut_once:
             self.server.cut_once.remove(path.name)
@@ -676,7 +716,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(repos, cut_once):
     """The server, which answers until it is shut down, and the variables that point huggingface_hub at it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.cut_once, server.fetched = repos, set(cut_once), Counter()
+    server.repos = repos
+    server.cut_once = set(cut_once)
+    server.fetched = Counter()
     thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
     thread.start()
     no_proxy = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
@@ -687,7 +729,8 @@ def hub(repos, cut_once):
 
 LOCATE = """
 import json, sys
-from weights import InputError, locate
+from support.files import InputError
+from weights import locate
 for id in sys.stdin:
     try:
         print(json.dumps(str(locate(id.strip()))), flush=True)
@@ -697,10 +740,11 @@ for id in sys.stdin:
 
 
 @contextmanager
-def locating(**more):
+def locating(**variables):
     """`locate` in a fresh interpreter, since huggingface_hub reads its environment once."""
-    command, pipe = [sys.executable, "-c", LOCATE], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(**more)) as process:
+    command = [sys.executable, "-c", LOCATE]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(**variables)) as process:
 
         def ask(id):
             print(id, file=process.stdin, flush=True)
@@ -729,16 +773,18 @@ CUT = {"model-00002-of-00005.safetensors", "consolidated.safetensors"}  # their 
 def from_hub(tmp_path_factory):
     """What `locate` made of some ids, served, then with the server gone, then offline; and the server."""
     pytest.importorskip("huggingface_hub", reason="hub ids need huggingface_hub")
-    home, answers = tmp_path_factory.mktemp("hub"), {}
+    home = tmp_path_factory.mktemp("hub")
+    answers = {}
     with hub(models_to_serve(home), CUT) as (server, variables):
-        variables = {**variables, "HF_HOME": str(home / "cache")}
+        variables["HF_HOME"] = str(home / "cache")
         with locating(**variables) as ask, locating(**variables, HF_HUB_OFFLINE="1") as ask_offline:
             for key, id in ("hf", "org/hf"), ("own", "org/own"), ("hf again", "org/hf"), ("unknown", "org/unknown"):
                 answers[key] = ask(id)
             server.shutdown()
             server.server_close()
-            for how, asked in ("server gone", ask), ("HF_HUB_OFFLINE", ask_offline):
-                answers[how], answers[f"cached, {how}"] = asked("org/never"), asked("org/hf")
+            for state, ask_then in ("server gone", ask), ("HF_HUB_OFFLINE", ask_offline):
+                answers[state] = ask_then("org/never")
+                answers[f"cached, {state}"] = ask_then("org/hf")
     return answers, server
 
 
@@ -752,34 +798,34 @@ def test_hub_models_equal_their_source(from_hub):
 def test_only_the_files_needed_come_and_only_once(from_hub):
     answers, server = from_hub
     shards = {*(f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)), "model.safetensors.index.json"}
-    wanted = {
+    needed = {
         "hf": shards | {"config.json", "generation_config.json", "tokenizer.model", "chat_template.jinja"},
         "own": {"params.json", "tekken.json", "tokenizer.model.v3", "consolidated.safetensors"},
     }
-    assert {name: set(os.listdir(answers[name])) for name in wanted} == wanted
+    assert {name: set(os.listdir(answers[name])) for name in needed} == needed
     assert answers["hf again"] == answers["hf"]
-    assert server.fetched == {f"org/{name}/{f}": 1 + (f in CUT) for name, files in wanted.items() for f in files}
+    assert server.fetched == {f"org/{name}/{f}": 1 + (f in CUT) for name, files in needed.items() for f in files}
 
 
-@pytest.mark.parametrize("how, id", [("unknown", "unknown"), ("server gone", "never"), ("HF_HUB_OFFLINE", "never")])
-def test_ids_not_to_be_had_give_one_line(from_hub, how, id):
-    line = from_hub[0][how]["refused"]
+@pytest.mark.parametrize(
+    "state, id, reason",
+    [
+        ("unknown", "unknown", "RepositoryNotFoundError: 404"),
+        ("server gone", "never", "Connect"),
+        ("HF_HUB_OFFLINE", "never", "offline mode is enabled"),
+    ],
+)
+def test_ids_not_to_be_had_give_one_line_that_says_why(from_hub, state, id, reason):
+    line = from_hub[0][state]["refused"]
     assert line.startswith(f"org/{id}: no such folder here, and the hub does not give it")
+    assert reason in line
     assert "\n" not in line and len(line) < 400
 
 
-WHY = {"unknown": "RepositoryNotFoundError: 404", "server gone": "Connect", "HF_HUB_OFFLINE": "offline mode is enabled"}
-
-
-@pytest.mark.parametrize("how", WHY)
-def test_the_line_tells_what_is_wrong_with_the_hub(from_hub, how):
-    assert WHY[how] in from_hub[0][how]["refused"]
-
-
-@pytest.mark.parametrize("how", ["server gone", "HF_HUB_OFFLINE"])
-def test_cached_models_open_offline(from_hub, how):
+@pytest.mark.parametrize("state", ["server gone", "HF_HUB_OFFLINE"])
+def test_cached_models_open_offline(from_hub, state):
     answers, _ = from_hub
-    assert answers[f"cached, {how}"] == answers["hf"]
+    assert answers[f"cached, {state}"] == answers["hf"]
 
 
 def test_a_hub_error_without_a_message_is_refused_too(monkeypatch):
