@@ -126,7 +126,7 @@ def resume_options(options, arguments, stage):
             continue
         change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
         if name not in ROUNDING:
-            raise InputError(f"{change}; leave it out to resume as before, or start the stage anew with --overwrite")
+            raise InputError(f"{change}; resume with the former value, or start the stage anew with --overwrite")
         print(f"{change}: the last bits of the result may differ")
     changes = {name: now[name] for name in (*FREE, *(name for name in ROUNDING if name in arguments))}
     return dataclasses.replace(options, **(before | changes))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_c2f import SIZES, main, make_base, rows
+from command_line import SIZES, main, make_base, rows
 
 import c2f
 from data import world

@@ -187,8 +187,8 @@ def batch():
 
 
 def half_way(batch, **options):
-    """A trainer whose actor has moved since it wrote `batch`, and the batch with made-up values, advantages and
-    returns. Its updates change nothing, and the price of KL is high: a loss with a KL term would show it."""
+    """A trainer whose actor has moved since it wrote `batch`, and the batch with values, advantages and returns
+    that are made up. Its updates change nothing, and the price of KL is high: a loss with a KL term would show it."""
     frozen = {"lr": 0.0, "critic_lr": 0.0, "max_grad_norm": 1e9}
     trainer = trainer_of(**frozen, kl_coefficient=100.0, clip=0.1, value_clip=0.1, **options)
     batch = replace(batch, logprobs=ppo.response_logprobs(trainer.actor, batch).detach())
@@ -201,8 +201,8 @@ def half_way(batch, **options):
 
 
 def by_loops(trainer, batch):
-    """What `update_minibatch` should make of a Rollout, by loops in float64: figures, and actor and critic with
-    their gradients."""
+    """What `update_minibatch` should make of a Rollout, by loops in float64: (figures, actor, critic). Actor and
+    critic hold their gradients."""
     actor = copy.deepcopy(trainer.actor).double()
     critic = copy.deepcopy(trainer.critic).double()
     sums = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approx_kl"), 0.0)
@@ -1012,8 +1012,8 @@ def test_roles_over_one_base_train_their_adapters_alone(dtype):
 
 
 def trainer_to_resume(kind, seed):
-    """A trainer with everything in it that changes; `seed` decides the weights that are trained, which a resumed
-    run has from its state."""
+    """A trainer with everything in it that changes. `seed` decides the weights that are trained: a resumed run has
+    them from its state."""
     dtype = torch.float32 if kind == "fp32" else torch.bfloat16
     base = tiny(dtype=dtype, sharpness=1)
     roles = Roles(tiny(seed=seed, dtype=dtype), base, tiny(ScalarModel, seed=seed + 1, dtype=dtype))

@@ -345,7 +345,23 @@ class Interrupted(BaseException):
     """Nothing catches it."""
 
 
-MEASURES = [("fine", c2f, "fill", 4), ("eval", evaluation.stages, "evaluate", 5)]
+class Counter:
+    """Stands in for a function of evaluation.stages: counts its calls, and is interrupted in call number `stop_at`."""
+
+    def __init__(self, name, monkeypatch):
+        self.function = getattr(evaluation.stages, name)
+        self.start(0)
+        monkeypatch.setattr(evaluation.stages, name, self)
+
+    def start(self, stop_at):
+        self.stop_at = stop_at
+        self.count = 0
+
+    def __call__(self, *arguments, **options):
+        self.count += 1
+        if self.count == self.stop_at:
+            raise Interrupted
+        return self.function(*arguments, **options)
 
 
 @pytest.fixture
@@ -356,55 +372,39 @@ def actors(files, tmp_path):
     return tmp_path / "run"
 
 
-def count_calls(monkeypatch, module, name):
-    """Counts the calls of a function in a list, which it returns. The call that finds `stop_at` in calls[0] fails."""
-    calls = []
-    function = getattr(module, name)
-
-    def call(*arguments, **settings):
-        calls.append(name)
-        if len(calls) == call.stop_at:
-            raise Interrupted
-        return function(*arguments, **settings)
-
-    call.stop_at = 0
-    monkeypatch.setattr(module, name, call)
-    return calls, call
+MEASURES = [("fine", "fill", 4, "sweep.json"), ("eval", "evaluate", 5, "results.json")]
 
 
-@pytest.mark.parametrize("stage, module, name, total", MEASURES)
-def test_fine_and_eval_measure_each_model_once(stage, module, name, total, actors, run_stage, tmp_path, monkeypatch):
+@pytest.mark.parametrize("stage, name, total, file", MEASURES)
+def test_fine_and_eval_measure_each_model_once(stage, name, total, file, actors, run_stage, tmp_path, monkeypatch):
     """The result is that of a run that was never interrupted."""
     if stage == "fine":
         shutil.rmtree(actors / "fine")
     whole = shutil.copytree(actors, tmp_path / "whole")
     more = ("--gammas", "0,0.3,0.7,1", "--limit", "2", "--samples", "1")
-    calls, function = count_calls(monkeypatch, module, name)
-    function.stop_at = 3
+    counter = Counter(name, monkeypatch)
+    counter.start(stop_at=3)
     with pytest.raises(Interrupted):
         run_stage(stage, actors, *more)
     assert (actors / "checkpoint" / stage).is_dir()
-    function.stop_at = 0
-    calls.clear()
+    counter.start(stop_at=0)
     assert run_stage(stage, actors, *more, "--resume").code == 0
-    assert len(calls) == total - 2 and not (actors / "checkpoint").exists()
-    calls.clear()
-    assert run_stage(stage, whole, *more).code == 0 and len(calls) == total
-    result = {"fine": "sweep.json", "eval": "results.json"}[stage]
-    assert (actors / result).read_bytes() == (whole / result).read_bytes()
+    assert counter.count == total - 2 and not (actors / "checkpoint").exists()
+    counter.start(stop_at=0)
+    assert run_stage(stage, whole, *more).code == 0 and counter.count == total
+    assert (actors / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_what_fine_has_measured_of_other_models_is_measured_again(actors, run_stage, monkeypatch):
     shutil.rmtree(actors / "fine")
-    calls, function = count_calls(monkeypatch, c2f, "fill")
-    function.stop_at = 2
+    counter = Counter("fill", monkeypatch)
+    counter.start(stop_at=2)
     with pytest.raises(Interrupted):
         run_stage("fine", actors)
     path = actors / "coarse/model.safetensors"
     save_file({name: -weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    function.stop_at = 0
-    assert run_stage("fine", actors, "--resume").code == 0
-    assert len(calls) == 2 + 3
+    counter.start(stop_at=0)
+    assert run_stage("fine", actors, "--resume").code == 0 and counter.count == 3
 
 
 # ---------------------------------------------------------------- gradients that are not finite

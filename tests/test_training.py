@@ -145,7 +145,7 @@ def test_a_step_returns_the_norm_and_scales_gradients_down_to_the_bound(constant
     reference = parameter_list(torch.float32)
     gradients = [torch.ones_like(p) for p in model]
     norm = math.sqrt(sum(gradient.numel() for gradient in gradients))
-    adam = torch.optim.AdamW(reference.parameters(), lr=1e-2, eps=1.0, **ADAM)  # at this eps the scale matters
+    adam = torch.optim.AdamW(reference.parameters(), lr=1e-2, eps=1.0, **ADAM)  # here the scale matters
     optimizer = Optimizer(model, lr=1e-2, steps=1, max_grad_norm=0.5, eps=1.0)
     for p, q, gradient in zip(model, reference, gradients):
         p.grad = gradient.clone()
@@ -288,8 +288,8 @@ def test_rows_flush_left_need_no_mask(window, tmp_path):
 
 
 class Recorded(Decoder):
-    """The steps that a GPU would record, run as they are: same buffers, same index arithmetic. As in a replay,
-    nothing but tensors that stay where they are may carry what a step leaves to the next one."""
+    """The steps that a GPU would record, run as they are: same buffers, same index arithmetic. As in a replay, only
+    tensors that stay where they are carry anything from one step to the next."""
 
     BY_MODEL = weakref.WeakKeyDictionary()
     graphed = property(lambda self: True, lambda self, value: None)
