@@ -40,7 +40,7 @@ from support.options import build_parser, check, check_device, option
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")  # by all processes; the first does the others alone
+TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")  # run by all processes, the other stages by the first alone
 ANALYTICAL = (
     "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
 )
@@ -112,8 +112,10 @@ def resolve(arguments, stage):
     if stage == "chat" and "model" not in arguments and is_finished(options.out, "fine"):
         options.model = str(target(options.out, "fine"))
     check(options)
+    if options.resume:
+        options = resume_options(options, arguments, stage)
     check_device(options.device)
-    return resume_options(options, arguments, stage) if options.resume else options
+    return options
 
 
 # ---------------------------------------------------------------- stages
@@ -160,7 +162,7 @@ def train_reward(run):
     parts = []
     for part in split_by_first_turn(pairs, options.held_out, options.seed):
         encoded = [encode_pair(tokenizer, dialogue(p), c, r, options.max_length) for p, c, r in part]
-        parts.append([pair for pair in encoded if pair[0] != pair[1]])  # a few are alike once they are cut
+        parts.append([pair for pair in encoded if pair[0] != pair[1]])  # cutting makes some pairs alike
     train, test = parts
     if not train or not test:
         split = f"{len(train)} to train on and {len(test)} to test on"
@@ -179,7 +181,7 @@ def train_reward(run):
 
 
 def train_ppo(run):
-    """plus and coarse: PPO from the base; the options say what makes the difference."""
+    """plus and coarse: the same PPO from the base, with different options."""
     options = run.options
     tokenizer = run.tokenizer(options.model)
     prompts = read_ppo_prompts(run, tokenizer)
@@ -218,7 +220,9 @@ def read_ppo_prompts(run, tokenizer):
     texts = run.read_rows(read_prompts, "prompts")
     prompts = []
     for text in texts:
-        messages = [message for message in dialogue(text) if message["role"] != "system" or not system]
+        messages = dialogue(text)
+        if system:
+            messages = [message for message in messages if message["role"] != "system"]
         ids = tokenizer.encode_chat(system + messages)
         if len(ids) <= options.max_prompt:
             prompts.append(Prompt(ids, messages))
@@ -269,8 +273,8 @@ def make_fine(run):
     evaluate = sweep_evaluator(run, coarse)
     run.start()
     results = merge.sweep(coarse, instruct, options.gammas, evaluate)
-    merge.merge_checkpoints(coarse, instruct, run.target, options.gamma)
     write_json(run.folder / "sweep.json", results)
+    merge.merge_checkpoints(coarse, instruct, run.target, options.gamma)
     forget(run.folder, run.stage)
     print(sweep_table(results))
     print(f"merged at gamma {options.gamma}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from support.files import InputError
+from support.processes import WORLD
 
 CHECK_EVERY = 8  # tokens between two looks at which responses have ended; each look waits for the device
 
@@ -65,7 +66,7 @@ class Cache:
 
     def advance(self, tokens, mask):
         """Makes room for `tokens` (rows, T), of which `mask` (rows, T) are real, or all where it is None.
-        Returns their positions (rows, T) and the attention mask over what `update` then gives back."""
+        Returns their positions (rows, T) and the attention mask over the keys that `update` returns."""
         if tokens.shape[1] == 1 and mask is None:
             return self._advance_one()
         if mask is None:
@@ -127,7 +128,7 @@ class Cache:
 
     def copied(self, rows, room=0):
         """A cache of its own, whose sequence i has what sequence rows[i] of this one has, in any order and as often as
-        you like. `room`: slots to add, where none has been written twice yet."""
+        you like. `room`: slots to add, for a cache that has not wrapped yet."""
         other = copy.copy(self)
         other.size = self.size + room
         other.rows = len(rows)
@@ -187,9 +188,9 @@ def shape_logits(logits, temperature, forbid=()):
 
 
 def sample(logits, temperature, top_p, generator):
-    """(ids, logprobs) of one id a row from logits (B, V). At temperature 0 the likeliest id; else the one where the
-    summed probabilities pass a uniform number of (0, 1], which no id of probability 0 does. Nothing here waits for the
-    device. The logprobs are those of the full distribution, whatever top_p leaves of it."""
+    """(ids, logprobs) of one id a row from logits (B, V). At temperature 0 the likeliest id; else the first whose
+    cumulative probability reaches a uniform number of (0, 1], which an id of probability 0 is not. Nothing here waits
+    for the device. The logprobs are those of the full distribution, whatever top_p leaves of it."""
     probs = logits.softmax(-1)
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)
@@ -219,7 +220,7 @@ class Decoder:
     def __init__(self, model, batch, columns):
         self.device = model.device
         self.dtype = model.lm_head.weight.dtype
-        self.graphed = self.device.type == "cuda"
+        self.graphed = self.device.type == "cuda" and WORLD == 1  # weights in parts move, which a graph cannot follow
         columns = -(-columns // 256) * 256 if self.graphed else columns
         self.shape = (batch, columns)
         self.cache = Cache(model.config, batch, columns, self.device, self.dtype)

@@ -2,7 +2,7 @@
 
     l(t) = f_CM(R_t, V_phi)      Continuous Maximization (Mistral-C2F, 2406.08657)
 
-The limit grows where a logistic regression over recent rewards and value losses says that training is stable at this
+R_t is the step's mean score, V_phi the critic's loss. The limit grows where a logistic regression over recent rewards and value losses says that training is stable at this
 length, and holds elsewhere. The paper names the inputs and the form, not the function: the features are ours. Beside it
 stand the baselines that the paper argues against, a limit that grows by the clock and one that stays.
 """
@@ -77,8 +77,8 @@ class SteppedLimit(Stateful):
 class ContinuousMaximization(Stateful):
     """f_CM: whether training is stable at this limit, and so what the next limit is.
 
-    x holds three features of the last `window` rewards and three of the last `window` value losses, in units of a
-    reference deviation (`reward_scale`, `value_scale`), never of the mean, which is near 0 for a centred reward:
+    x holds three features of the last `window` rewards and three of the last `window` value losses. Their unit is a fixed
+    deviation (`reward_scale`, `value_scale`), not the mean, since a centred reward has a mean near 0:
       trend    |change of the least-squares line over the window|: still learning, or falling
       spread   deviation of the values from that line: noise, slow swings
       change   mean |difference of neighbours|: oscillation (1.13 spreads for white noise, 2 for +-)
@@ -158,8 +158,8 @@ def make_limit(options):
         factor=options.limit_factor,
         window=options.limit_window,
         threshold=options.limit_threshold,
-        reward_scale=2 / options.batch**0.5,  # scores have deviation 1; their mean varies by 1 / sqrt(batch) by chance
-        value_scale=0.1,  # most tokens' values are easy, so that a tenth of the score's variance is a large mean loss
+        reward_scale=2 / options.batch**0.5,  # scores have deviation 1, so a batch mean has 1 / sqrt(batch); twice that is noise
+        value_scale=0.1,  # most tokens are easy to value, so that a mean loss of 0.1 is already large
         weights=options.limit_weights,
         bias=options.limit_bias,
     )

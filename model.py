@@ -15,7 +15,6 @@ shifts nothing.
 """
 
 import copy
-import functools
 import math
 from dataclasses import dataclass, fields
 
@@ -85,7 +84,7 @@ class RMSNorm(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        """No values: a file or `initialize` brings them."""
+        """A file or `initialize` brings the values. Random ones on the meta device would take a second to set up."""
 
 
 class Linear(nn.Linear):
@@ -97,11 +96,9 @@ class Linear(nn.Linear):
         self.A = self.B = None
         self.scale = 0.0
 
-    def reset_parameters(self):
-        """No values: a file or `initialize` brings them."""
-
     def adapt(self, rank, alpha, generator):
-        """Gives the layer A (rank, inputs), random, and B (outputs, rank), zero: at first it computes what it did."""
+        """Gives the layer A (rank, inputs), random, and B (outputs, rank), zero, so that its output is unchanged at
+        first."""
         outputs, inputs = self.weight.shape
         self.A = nn.Parameter(torch.empty(rank, inputs, device=self.weight.device))
         self.B = nn.Parameter(torch.zeros(outputs, rank, device=self.weight.device))
@@ -124,15 +121,12 @@ class Linear(nn.Linear):
 # ---------------------------------------------------------------- attention
 
 
-@functools.lru_cache
-def frequencies(head_dim, theta, device):
-    """Radians a position (D/2,) of each pair of dimensions: theta^(-2i/D)."""
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-
-
 def rotary(positions, head_dim, theta):
-    """cos and sin (B, 1, T, D/2), fp32, of the angle at positions (B, T) of each pair of dimensions (i, i + D/2)."""
-    angle = positions[:, None, :, None].float() * frequencies(head_dim, theta, positions.device)  # (B, 1, T, D/2)
+    """cos and sin (B, 1, T, D/2), fp32, of the angle at positions (B, T) of each pair of dimensions (i, i + D/2), which
+    turns by theta^(-2i/D) radians a position."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = 1.0 / theta ** (pairs / head_dim)  # (D/2,)
+    angle = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
     return angle.cos(), angle.sin()
 
 
@@ -226,11 +220,11 @@ class Trunk(nn.Module):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.checkpointing = False  # whether backward computes each layer again instead of keeping its inside
+        self.checkpointing = False  # compute each layer again in backward instead of storing its activations
 
     def forward(self, tokens, mask=None, cache=None):
-        """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask all tokens are real, or padding stands
-        on the right, where no real token looks."""
+        """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask there is no padding, or only on the
+        right, which no real token attends to."""
         config = self.config
         if cache is not None:
             positions, attention_mask = cache.advance(tokens, mask)

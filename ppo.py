@@ -5,8 +5,9 @@
     L_pi = -min(rho A, clip(rho, 1-eps, 1+eps) A),  rho = exp(logp - old logp)         policy_loss (1707.06347)
     L_V  = 1/2 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)                           value_loss
 
-`PPOTrainer.step` is one step, its parts numbered. Scores come from any callable. The length limit ends the episode, and
-nothing is bootstrapped past it: the cut response as a whole has a score (PPO_DETAILS 6).
+`PPOTrainer.step` is one step, its parts numbered. Advantages are whitened, and losses are means over all real tokens of
+a minibatch. Scores come from any callable. The length limit ends the episode, and nothing is bootstrapped past it,
+because the score already judges the cut response (PPO_DETAILS 6).
 
 Shapes: B responses, P prompt columns, R response columns, C hidden size. A step's tensors over response tokens are
 (B, R) beside `response_mask`, which is True on real tokens, the ending EOS included. Where several processes share a
@@ -17,13 +18,14 @@ import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from generation import pad_left, pad_right, sample_responses
 from length import ContinuousMaximization  # noqa: F401  (part of this module's contract)
-from support.figures import describe_speed, describe_step, masked_mean, masked_variance, summarize
+from support.figures import describe_speed, describe_step, masked_mean, masked_variance, mean, summarize
 from support.files import InputError
 from support.options import option
 from support.processes import RANK, even, gathered, share, total
@@ -52,9 +54,9 @@ class PPOOptions(TrainingOptions):
     value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
     discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
     gae_lambda: float = option(0.95, "lambda of GAE", least=0, most=1)
-    temperature: float = option(1.0, "sampling temperature, and that of every logprob", least=0.01)
-    concise: float = option(0.0, "length term: deviations of score taken off a response as long as the limit", least=0)
-    truncation_penalty: float = option(0.0, "deviations of score taken off a response that the limit cut", least=0)
+    temperature: float = option(1.0, "temperature of sampling and of all logprobs", least=0.01)
+    concise: float = option(0.0, "length penalty, in deviations of the score, of a response as long as the limit", least=0)
+    truncation_penalty: float = option(0.0, "penalty, in deviations of the score, of a response that the limit cut", least=0)
 
     def check(self):
         if self.minibatches > self.batch:
@@ -64,14 +66,12 @@ class PPOOptions(TrainingOptions):
 # ---------------------------------------------------------------- masked arithmetic
 
 
-def masked_whiten(x, mask, shift_mean=True):
-    """x with unit variance (Bessel's correction, as in TRL) and zero mean under the mask; 0 outside it.
-    `shift_mean=False` keeps the mean."""
+def masked_whiten(x, mask):
+    """x with zero mean and unit variance (Bessel's correction, as in TRL) under the mask; 0 outside it."""
     count = total(mask.sum())
     variance = masked_variance(x, mask) * count / (count - 1).clamp_min(1)
-    x_mean = masked_mean(x, mask)
-    white = (x - x_mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, white if shift_mean else white + x_mean, 0.0)
+    white = (x - masked_mean(x, mask)) * torch.rsqrt(variance + 1e-8)
+    return torch.where(mask, white, 0.0)
 
 
 # ---------------------------------------------------------------- rollout
@@ -130,8 +130,8 @@ class Rollout:
 def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
     """A response to each prompt (id lists), never greedy, from the full distribution but `sampling.forbid`.
 
-    With `sampling.eos_id` None every response runs to the limit; then forbid the EOS id, or the text would hold it as
-    an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout.
+    With `sampling.eos_id` None every response runs to the limit; put EOS in `forbid` then, or it is sampled as an
+    ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout.
     """
     with gathered(actor):
         responses, sampled = sample_responses(actor, prompts, max_new_tokens, sampling, seed)
@@ -168,7 +168,7 @@ def response_ids(batch):
 
 
 def place(x, mask):
-    """Values (N,) of the N True places of a mask (B, R), in place: (B, R), 0 elsewhere."""
+    """Scatters values (N,) to the N True places of a mask (B, R); 0 elsewhere."""
     return torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)
 
 
@@ -290,9 +290,9 @@ class PPOTrainer(Trainer):
 
     def __init__(self, roles, prompts, score, limiter, sampling, options):
         super().__init__(prompts, options.seed)
-        self.actor = roles.actor.eval()  # no dropout exists, nor would it ever be on
-        self.reference = roles.reference.eval().requires_grad_(False)
-        self.critic = roles.critic.eval()
+        self.actor = roles.actor
+        self.reference = roles.reference.requires_grad_(False)
+        self.critic = roles.critic
         self.score = score
         self.limiter = limiter
         self.sampling = replace(sampling, temperature=options.temperature)
@@ -308,9 +308,9 @@ class PPOTrainer(Trainer):
         return [prompt.ids for prompt in self.data]
 
     def begin(self):
-        """Measures mean and deviation of the score over reference responses, before any update, while the actor is
-        still the reference. Scores are centred and in these units from then on (PPO_DETAILS 17), so that the KL's
-        coefficient and the limit's reference deviation mean the same under any score function."""
+        """Measures the mean and deviation of the score over reference responses, before any update, while the actor is
+        still the reference. All later scores are standardized with them (PPO_DETAILS 17), so that the KL's coefficient
+        and the limit's scale mean the same under any score function."""
         parts = []
         for _ in range(math.ceil(64 / self.options.batch)):
             prompts, batch = self.sample()
@@ -340,7 +340,7 @@ class PPOTrainer(Trainer):
         prompts, batch = self.sample()
         mask = batch.response_mask
         generation_seconds = time.perf_counter() - start
-        # 2  s = score(x, y), in deviations of the reference's own, less the length term of Mistral-Plus
+        # 2  s = score(x, y), standardized by the reference's mean and deviation; then the length term of Mistral-Plus
         dialogues = [prompt.dialogue for prompt in prompts]
         responses = batch.responses()
         scores = (self.score(dialogues, responses).to(mask.device) - self.score_mean) / self.score_scale  # (B,)
@@ -348,8 +348,8 @@ class PPOTrainer(Trainer):
         # 3  log pi, log pi_ref and V of every response token, before the update
         with torch.no_grad():
             batch.logprobs, entropy = self.over(batch, self.actor_logprobs_and_entropy).unbind(-1)  # (B, R) each
-            ref_logprobs = self.over(batch, self.reference_logprobs)
-            batch.values = self.over(batch, self.critic_values)
+            ref_logprobs = self.over(batch, partial(self.logprobs, self.reference))
+            batch.values = self.over(batch, partial(response_values, self.critic))
         # 4  r_t = -beta (log pi - log pi_ref) + [t = last] s;  A_t by GAE;  R_t = A_t + V_t
         beta = self.beta.value
         rewards, kl = compute_rewards(shaped, batch.logprobs, ref_logprobs, mask, beta)
@@ -357,13 +357,14 @@ class PPOTrainer(Trainer):
         batch.advantages = masked_whiten(advantages, mask)
         # 5  epochs x minibatches of clipped updates
         metrics = self.update(batch)
-        # 6  the next beta, and the next limit l(t) = f_CM(R_t, V_phi)
+        # 6  the next beta; the next limit l(t) = f_CM, whose R_t is the mean score and whose V_phi the critic's loss
+        self.beta.update(mean(kl.sum(1)))
+        self.limiter.update(mean(scores), metrics["value_loss"])
         metrics |= describe_step(batch, scores, shaped, kl, entropy)
-        self.beta.update(metrics["kl"])
-        self.limiter.update(metrics["reward"], metrics["value_loss"])
         metrics |= {"kl_coefficient": beta, "length_limit": limit, "p_extend": self.limiter.p_extend}
         metrics |= describe_speed(metrics, time.perf_counter() - start, generation_seconds, mask.device)
-        return metrics, list(map(Sample, dialogues, responses, scores.tolist(), kl.sum(1).tolist()))
+        samples = zip(dialogues, responses, scores.tolist(), kl.sum(1).tolist())
+        return metrics, [Sample(*sample) for sample in samples]
 
     def over(self, batch, read):
         """`read(part)` (b, <=R, ...) of a microbatch at a time, put together: (B, R, ...)."""
@@ -381,11 +382,8 @@ class PPOTrainer(Trainer):
         logprobs, entropy = logprobs_and_entropy(self.actor, hidden, ids, self.sampling.temperature, self.sampling.forbid)
         return torch.stack((place(logprobs, part.response_mask), place(entropy, part.response_mask)), -1)
 
-    def reference_logprobs(self, part):
-        return response_logprobs(self.reference, part, self.sampling.temperature, self.sampling.forbid)
-
-    def critic_values(self, part):
-        return response_values(self.critic, part)
+    def logprobs(self, model, part):
+        return response_logprobs(model, part, self.sampling.temperature, self.sampling.forbid)
 
     def update(self, batch):
         """epochs x minibatches optimizer steps of actor and critic, or fewer by `kl_stop`. Returns their figures."""
@@ -408,7 +406,7 @@ class PPOTrainer(Trainer):
         ratios = []
         for part in parts:
             mask = part.response_mask
-            logprobs = response_logprobs(self.actor, part, self.sampling.temperature, self.sampling.forbid)
+            logprobs = self.logprobs(self.actor, part)
             loss, ratio, clipped = policy_loss(logprobs, part.logprobs, part.advantages, mask, options.clip)
             (loss / count).backward()
             log_ratio = (logprobs.detach() - part.logprobs) * mask

@@ -2,8 +2,8 @@
 
     loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
-r is read at the last real token. Whether an answer ended properly or was cut by a limit decides a part of the score, so
-the model must have met both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4, 27).
+r is read at the last real token. An answer that ended and one that a limit cut must score differently, so training shows
+both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4, 27).
 """
 
 import math
@@ -75,7 +75,7 @@ class RewardModel(ScalarModel):
         """tokens (B, T), mask (B, T), padded on either side -> raw scores (B,), fp32, at the last real token."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last = (places * mask).amax(1)  # (B,)
-        on_the_right = bool(mask[:, 0].all())  # then nothing real sees the padding, and attention needs no mask
+        on_the_right = bool(mask[:, 0].all())  # causal attention then needs no mask
         hidden = self.model(tokens, None if on_the_right else mask)  # (B, T, C)
         return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])[:, 0].float()
 
@@ -127,7 +127,8 @@ class RewardTrainer(Trainer):
         """One optimizer step on `batch_pairs` pairs. Returns its metrics."""
         pairs = self.draw(self.options.batch_pairs)
         with_eos = torch.rand(len(pairs), generator=self.generator) < 0.5
-        pairs = [(c + [self.eos_id] * e, r + [self.eos_id] * e) for (c, r), e in zip(pairs, with_eos.tolist())]
+        endings = [[self.eos_id] if e else [] for e in with_eos.tolist()]
+        pairs = [(chosen + eos, rejected + eos) for (chosen, rejected), eos in zip(pairs, endings)]
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
         margins = []
         for part in by_length(lengths, sum(lengths) // 4 + 1, self.generator):  # similar lengths, little padding
@@ -154,13 +155,14 @@ class RewardTrainer(Trainer):
 
 
 def accuracy(model, pairs, eos_id):
-    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration", "pairs"}:
-    with EOS after both, with EOS after none, and the mean gap between the probability that the model gives its preferred
-    answer and how often it is right, over ten equal bins of that probability."""
+    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration", "pairs"}.
+    accuracy: with EOS after both answers. accuracy_cut: without. calibration: mean gap between the predicted and the
+    actual rate of being right, over ten equal bins of the predicted one."""
 
     def margins(ending):
-        scores = model.score_rows([side + ending for pair in pairs for side in pair]).view(-1, 2)
-        return scores[:, 0] - scores[:, 1]
+        chosen = model.score_rows([chosen + ending for chosen, _ in pairs])
+        rejected = model.score_rows([rejected + ending for _, rejected in pairs])
+        return chosen - rejected
 
     margin = margins([eos_id])
     confidence = margin.abs().sigmoid()
@@ -191,7 +193,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.ends = ends  # whether responses may end by themselves
-        self.max_length = max_length  # tokens, of a dialogue that another tokenizer reads
+        self.max_length = max_length  # longest dialogue in tokens, where text is encoded anew
         files = [t.files[0].read_bytes() for t in (tokenizer, policy_tokenizer) if t]
         self.is_shared = len(files) == 2 and files[0] == files[1]
 

@@ -24,8 +24,8 @@ class SFTOptions(TrainingOptions):
 
 
 def chat_example(tokenizer, messages, max_length):
-    """(ids, loss mask) of a dialogue, cut at `max_length`: the answers' tokens count, the rest is context. The tokens of
-    an answer are those that the dialogue up to and with it has beyond its generation prompt."""
+    """(ids, loss mask) of a dialogue, cut at `max_length`: the answers' tokens count, the rest is context. An answer's
+    tokens are those that follow its generation prompt."""
     ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
     mask = [False] * len(ids)
     for i, message in enumerate(messages):
@@ -33,8 +33,8 @@ def chat_example(tokenizer, messages, max_length):
             continue
         start = len(tokenizer.encode_chat(messages[:i]))
         closed = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
-        differ = (n for n, (a, b) in enumerate(zip(closed, ids)) if a != b)  # HH's template closes the last turn alone
-        end = next(differ, len(closed))
+        # HH's template writes EOS after the last turn only, so stop where the two encodings part.
+        end = next((n for n, (a, b) in enumerate(zip(closed, ids)) if a != b), len(closed))
         mask[start:end] = [True] * (end - start)
     return ids[:max_length], mask[:max_length]
 

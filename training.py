@@ -103,10 +103,11 @@ class Optimizer:
         self.updates = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
-        groups = {}  # a fused step takes tensors that are all whole or all in parts
+        groups = {}  # fused AdamW cannot mix DTensors and plain tensors in a group
         for master in self.masters:
             groups.setdefault((master.dim() > 1, processes.is_part(master)), []).append(master)
-        groups = [{"params": p, "weight_decay": weight_decay * is_matrix} for (is_matrix, _), p in groups.items()]
+        decay = {True: weight_decay, False: 0.0}
+        groups = [{"params": group, "weight_decay": decay[is_matrix]} for (is_matrix, _), group in groups.items()]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
     def scale(self):
@@ -166,9 +167,9 @@ class Optimizer:
 
 
 class Trainer(Stateful):
-    """The base of the trainers: a model, its optimizer, and an order in which `data`, a list, is gone through.
-    A trainer's `step()` is one step of its stage and returns its metrics; `state_dict()` is all that decides how it
-    goes on. Every process draws the same, and takes its share of what was drawn."""
+    """The base of the trainers: `data`, a list, and the shuffled order in which it is drawn. A trainer's `step()` is one
+    step of its stage; `state_dict()` is all that decides how it goes on. Every process draws the same, and takes its
+    share of what was drawn."""
 
     CHANGES = ("order", "generator")
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import platform
 import shutil
 import sys
@@ -23,7 +22,7 @@ from tokenizer import TEMPLATES, companions, load_tokenizer
 from weights import fingerprint, is_model, locate, read_config
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped")  # change no step
+FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped")  # do not affect training
 ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # change a step's last bits alone
 CODE = ("score", "second_score", "judge")  # the command line alone decides what is imported, never a file
 
@@ -258,11 +257,11 @@ class Run:
         """Appends a line; strict JSON, so that NaN and infinity are null."""
         if not processes.is_first():
             return
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        row = json.loads(json.dumps({"stage": self.stage, **row}), parse_constant=lambda constant: None)
         path = self.folder / name
         try:
             with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage, **row}) + "\n")
+                file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk by itself has no name
 
@@ -312,7 +311,7 @@ class Run:
         except (KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
             raise InputError(f"{self.checkpoints}: does not fit this model and data ({error})") from None
         for row in self.metrics().get(self.stage, ()) if monitors else ():
-            monitors.check(row)
+            monitors.warnings |= monitors.check(row).keys()
         checkpoint.set_random_state(self.state["random"])
         self.state = None  # free it: the trainer has all of it
 

@@ -1,1 +1,1 @@
-"""The ground floor: files, options and processes. Nothing here imports anything of ours."""
+"""The ground floor: files, options, processes, state, figures. It imports nothing from outside this folder."""

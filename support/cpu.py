@@ -1,5 +1,5 @@
-"""W x of large float32 weights on a CPU by oneDNN, which torch carries beside MKL and which is the faster of the two
-there: a PPO step of SmolLM2 takes 0.7 of the time (bench/README.md). Everywhere else this is F.linear."""
+"""Linear layers on a CPU: for large float32 weights oneDNN, which torch carries, is faster than torch's default, MKL
+(bench/README.md has the figures). Everywhere else this is F.linear."""
 
 import torch
 import torch.nn.functional as F

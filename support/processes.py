@@ -46,7 +46,7 @@ def total(x):
     """The sum of a tensor or number over all processes."""
     if WORLD == 1:
         return x
-    x_sum = torch.as_tensor(x).detach().clone()
+    x_sum = torch.as_tensor(x, dtype=torch.float64 if isinstance(x, float) else None).detach().clone()
     dist.all_reduce(x_sum)
     return x_sum if isinstance(x, torch.Tensor) else x_sum.item()
 
@@ -169,8 +169,8 @@ def is_echo(error):
 
 
 def report_failure(error, status, line):
-    """Writes the line on stderr. One of several processes then ends at once, without tidying up, in which the others
-    would have to take part; and it writes only where no other has. An echo lets the process speak that failed."""
+    """Prints the line on stderr. Of several processes the first to fail prints it and exits at once: a clean exit would
+    wait for the others. A process that only noticed another's failure waits, so that the cause is printed."""
     if WORLD == 1:
         print(line, file=sys.stderr)
         return
