@@ -154,8 +154,8 @@ class Attention(nn.Module):
         cache the queries also see the keys of earlier calls."""
         B, T, _ = x.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
-        q = rotate(self.q_proj(x).view(B, T, H, D).transpose(1, 2), cos, sin)  # (B, H, T, D)
-        k = rotate(self.k_proj(x).view(B, T, G, D).transpose(1, 2), cos, sin)  # (B, G, T, D)
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D)  # queries and keys turn alike
+        q, k = rotate(qk.transpose(1, 2), cos, sin).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
         v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, G, S, D)

@@ -290,9 +290,9 @@ class PPOTrainer(Trainer):
 
     def __init__(self, roles, prompts, score, limiter, sampling, options):
         super().__init__(prompts, options.seed)
-        self.actor = roles.actor
-        self.reference = roles.reference.requires_grad_(False)
-        self.critic = roles.critic
+        self.actor = roles.actor.eval()
+        self.reference = roles.reference.eval().requires_grad_(False)
+        self.critic = roles.critic.eval()
         self.score = score
         self.limiter = limiter
         self.sampling = replace(sampling, temperature=options.temperature)

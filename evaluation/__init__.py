@@ -49,7 +49,7 @@ def public_tasks(folder):
     """{task: folder} of everything whose files are below the benchmarks folder."""
     if not folder:
         return {}
-    names = [name for name in tasks.TASKS if tasks.find(name, folder)]
+    names = [name for name in tasks.TASKS if any(Path(folder).glob(tasks.TASKS[name].files))]
     if (Path(folder) / mt_bench.QUESTIONS).exists():
         names.append("mt_bench")
     if any(any(Path(folder).glob(files)) for files, _ in toxicity.FILES.values()):

@@ -18,22 +18,10 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from data.readers import lines_of_file, rows_of_file
 from support.files import InputError, reading
-
-
-@dataclass(frozen=True)
-class Task:
-    """`files` is a pattern below the benchmarks folder, `read(path)` gives [Group], `shots` is the default
-    number of solved examples, `metric` the accuracy that counts."""
-
-    files: str
-    read: Callable
-    shots: int = 0
-    metric: str = "acc"
 
 
 @dataclass
@@ -47,15 +35,15 @@ class Group:
 
 
 def each_row(path, make):
-    """make(row) of each line of a JSON or CSV file; where it returns None the row is left out. InputError
-    names the line of the first row that cannot be asked."""
+    """One group of make(row) for each line of a JSON or CSV file; a row of which it makes None is left out.
+    InputError names the line of the first row that cannot be asked."""
     items = []
     for where, row in rows_of_file(Path(path)):
         with reading(where, f"a row of {Path(path).name}'s form"):
             item = make(row)
             if item is not None:
                 items.append(checked(item))
-    return items
+    return [Group(Path(path).name.split(".")[0], items)]
 
 
 def checked(item):
@@ -71,50 +59,54 @@ def checked(item):
     return item
 
 
-def foundry(path, rewrite=None):
-    """llm-foundry's form, {"query", "choices", "gold"} or {"context_options", "continuation", "gold"}.
-    `rewrite(query, choices)` -> (context, choices) turns its prompt into the harness's."""
-
-    def make(row):
-        if "context_options" in row:
-            item = {"contexts": row["context_options"], "continuation": row["continuation"]}
-            return item | {"gold": row["gold"]}
-        context, choices = row["query"], row["choices"]
-        if rewrite:
-            context, choices = rewrite(context, choices)
-        if isinstance(choices, list):
-            choices = [str(choice) for choice in choices]
-        return {"context": context, "choices": choices, "gold": row["gold"]}
-
-    return [Group(Path(path).name.split(".")[0], each_row(path, make))]
+def foundry(row):
+    """llm-foundry's form: {"query", "choices", "gold"} or {"context_options", "continuation", "gold"}."""
+    if "context_options" in row:
+        return {"contexts": row["context_options"], "continuation": row["continuation"], "gold": row["gold"]}
+    return {"context": row["query"], "choices": row["choices"], "gold": row["gold"]}
 
 
-def own_file(path):
-    """A file of one's own in llm-foundry's form, where query or choice may bring the space between them."""
-    groups = foundry(path)
-    for item in groups[0].items:
-        if any(before[-1:].isspace() or after[1:2].isspace() for before, after in pairs(item)):
-            item["delimiter"] = ""
-    return groups
+def own_row(row):
+    """A row of one's own in the same form, where query or choice may bring the space between them."""
+    item = foundry(row)
+    if any(before[-1:].isspace() or after[1:2].isspace() for before, after in pairs(item)):
+        item["delimiter"] = ""
+    return item
 
 
-def with_answer(query, choices):
-    return query + "\nAnswer:", choices
+@dataclass
+class Task:
+    """`files` is a pattern below the benchmarks folder; `row` makes an item of a row of a file, and `read` makes
+    [Group] of a file that does not have an item a row; `shots` is the default number of solved examples,
+    `metric` the accuracy that counts."""
+
+    files: str
+    row: Callable = foundry
+    read: Callable | None = None
+    shots: int = 0
+    metric: str = "acc"
 
 
-def boolq(query, choices):
-    return query.removeprefix("Passage: ") + "\nAnswer:", choices
+# The next four turn llm-foundry's prompts into the harness's.
 
 
-def commonsenseqa(query, choices):
-    return query.replace("\nChoices:\n", "\n"), choices
+def arc(row):
+    return foundry(row | {"query": row["query"] + "\nAnswer:"})
 
 
-def siqa(query, choices):
+def boolq(row):
+    return arc(row | {"query": row["query"].removeprefix("Passage: ")})
+
+
+def commonsenseqa(row):
+    return foundry(row | {"query": row["query"].replace("\nChoices:\n", "\n")})
+
+
+def siqa(row):
     """Context: C / Question: Q / Choices: / A. X / B. Y / Answer: -> the harness's question, and X and Y."""
     form = r"Context: (.*)\nQuestion: (.*)\nChoices:\nA\. (.*)\nB\. (.*)\nAnswer:"
-    context, question, *answers = re.fullmatch(form, query, re.DOTALL).groups()
-    return f"Q: {context} {question}\nA:", answers
+    context, question, *answers = re.fullmatch(form, row["query"], re.DOTALL).groups()
+    return {"context": f"Q: {context} {question}\nA:", "choices": answers, "gold": row["gold"]}
 
 
 def mmlu(path):
@@ -141,18 +133,14 @@ def mmlu_items(archive, name):
     return items
 
 
-def agieval(path):
-    """Zero-shot prompt of AGIEval's own dataset_loader; the options are the choices."""
-
-    def make(row):
-        options = row["options"]
-        if not options:
-            return None  # math.jsonl has none
-        question = f"{row['passage'] or ''}Q: {row['question']} Answer Choices: {' '.join(options)}\n"
-        context = question + f"A: Among A through {'ABCDEFG'[len(options) - 1]}, the answer is"
-        return {"context": context, "choices": options, "gold": "ABCDEFG".index(row["label"])}
-
-    return [Group(Path(path).stem, each_row(path, make))]
+def agieval(row):
+    """Zero-shot prompt of AGIEval's own dataset_loader; the options are the choices. math.jsonl has none."""
+    options = row["options"]
+    if not options:
+        return None
+    question = f"{row['passage'] or ''}Q: {row['question']} Answer Choices: {' '.join(options)}\n"
+    context = question + f"A: Among A through {'ABCDEFG'[len(options) - 1]}, the answer is"
+    return {"context": context, "choices": options, "gold": "ABCDEFG".index(row["label"])}
 
 
 BBH_GENERATED = ("dyck_languages", "multistep_arithmetic_two", "word_sorting")  # any text may be the answer
@@ -210,7 +198,7 @@ def piqa(path):
         context = f"Question: {row['goal']}\nAnswer:"
         return {"context": context, "choices": [row["sol1"], row["sol2"]], "gold": next(labels, None)}
 
-    return [Group("piqa", each_row(path, make))]
+    return each_row(path, make)
 
 
 TRUTHFULQA_PROMPT = """\
@@ -235,82 +223,63 @@ A: The 1992 Olympics were held in Barcelona, Spain.
 """
 
 
-def truthfulqa(path):
+def truthfulqa(row):
     """mc1 from the authors' csv: the best answer against the incorrect ones, each closed by a full stop."""
-
-    def make(row):
-        wrong = [answer for answer in row["Incorrect Answers"].split(";") if answer.strip()]
-        answers = [answer.strip() for answer in [row["Best Answer"], *wrong]]
-        choices = [answer if answer.endswith(".") else answer + "." for answer in answers]
-        return {"context": f"{TRUTHFULQA_PROMPT}Q: {row['Question']}\nA:", "choices": choices, "gold": 0}
-
-    return [Group("truthfulqa", each_row(path, make))]
+    wrong = [answer for answer in row["Incorrect Answers"].split(";") if answer.strip()]
+    answers = [answer.strip() for answer in [row["Best Answer"], *wrong]]
+    choices = [answer if answer.endswith(".") else answer + "." for answer in answers]
+    return {"context": f"{TRUTHFULQA_PROMPT}Q: {row['Question']}\nA:", "choices": choices, "gold": 0}
 
 
-def gsm8k(path):
+def gsm8k(row):
     """Word problems whose solutions end with #### and the answer."""
+    if "####" not in row["answer"]:
+        raise ValueError("the answer is to end with #### and a number")
+    context = f"Question: {row['question']}\nAnswer:"
+    return {"context": context, "answer": row["answer"], "until": ("Question:", "</s>", "<|im_end|>")}
 
-    def make(row):
-        if "####" not in row["answer"]:
-            raise ValueError("the answer is to end with #### and a number")
-        context = f"Question: {row['question']}\nAnswer:"
-        return {"context": context, "answer": row["answer"], "until": ("Question:", "</s>", "<|im_end|>")}
-
-    return [Group("gsm8k", each_row(path, make))]
-
-
-arc = partial(foundry, rewrite=with_answer)
 
 TASKS = {
-    "mmlu": Task("mmlu/*.zip", mmlu, shots=5),  # from dev, as the field reports it
+    "mmlu": Task("mmlu/*.zip", read=mmlu, shots=5),  # from dev, as the field reports it
     # the 9 English multiple-choice files; math has no choices and is left out
     "agieval": Task("agieval/v1/*.jsonl", agieval, metric="acc_norm"),
     # the 24 tasks with choices, as leaderboard_bbh; 3 items whose target is none of the choices are left out
-    "bbh": Task("bbh/bbh/*.json", bbh, shots=3, metric="acc_norm"),
+    "bbh": Task("bbh/bbh/*.json", read=bbh, shots=3, metric="acc_norm"),
     "arc_easy": Task("arc_easy/arc_easy.jsonl", arc, metric="acc_norm"),
     # the file does not mark where the second sentence begins, so it is not capitalised as in the harness
-    "hellaswag": Task("hellaswag/*.bz2", hellaswag, metric="acc_norm"),
-    "piqa": Task("piqa/valid.jsonl", piqa, metric="acc_norm"),
-    "siqa": Task("siqa/siqa.jsonl", partial(foundry, rewrite=siqa)),  # 2 of the original 3 choices
-    "openbookqa": Task("openbookqa/openbook_qa.jsonl", foundry, metric="acc_norm"),
-    # 4 of the original 5 choices
-    "commonsenseqa": Task("commonsenseqa/commonsense_qa.jsonl", partial(foundry, rewrite=commonsenseqa)),
-    "boolq": Task("boolq/boolq.jsonl*", partial(foundry, rewrite=boolq)),
+    "hellaswag": Task("hellaswag/*.bz2", read=hellaswag, metric="acc_norm"),
+    "piqa": Task("piqa/valid.jsonl", read=piqa, metric="acc_norm"),
+    "siqa": Task("siqa/siqa.jsonl", siqa),  # 2 of the original 3 choices
+    "openbookqa": Task("openbookqa/openbook_qa.jsonl", metric="acc_norm"),
+    "commonsenseqa": Task("commonsenseqa/commonsense_qa.jsonl", commonsenseqa),  # 4 of the original 5 choices
+    "boolq": Task("boolq/boolq.jsonl*", boolq),
     # mc1, choices made from the csv; the harness's mc_task.json words some of them otherwise
     "truthfulqa": Task("truthfulqa/TruthfulQA.csv", truthfulqa),
-    "winogrande": Task("winogrande/winogrande.jsonl*", foundry),
-    "winograd": Task("winograd/winograd_wsc.jsonl*", foundry),
+    "winogrande": Task("winogrande/winogrande.jsonl*"),
+    "winograd": Task("winograd/winograd_wsc.jsonl*"),
     "arc_challenge": Task("arc_challenge/arc_challenge.jsonl*", arc, metric="acc_norm"),
     # answers are generated; the shots are the first 5 of the train file, where the harness draws them
     "gsm8k": Task("gsm8k/*.jsonl*", gsm8k, shots=5),
 }
-ELEVEN = tuple(TASKS)[:11]  # the general tasks of the papers
-
-
-def find(name, folder):
-    """The files of a public task below `folder`, sorted."""
-    return sorted(Path(folder).glob(TASKS[name].files))
 
 
 def load(name, source, limit=0, shots=None):
     """The items of a task. `source` is the benchmarks folder of a task of `TASKS`, or a file, which under any
-    other name is one of one's own. `limit`: that many items, taken in turn from the task's groups (0: all).
-    `shots` replaces the task's own number; they come from the task's examples, or are its first items, which
-    are then not asked. InputError names the file and line."""
-    task = TASKS.get(name)
+    other name is one of one's own in llm-foundry's form. `limit`: that many items, taken in turn from the
+    task's groups (0: all). `shots` replaces the task's own number; they come from the task's examples, or are
+    its first items, which are then not asked. InputError names the file and line."""
+    task = TASKS.get(name, Task("", own_row))
     paths = [Path(source)]
-    if task and Path(source).is_dir():
-        paths = find(name, source)
+    if task.files and Path(source).is_dir():
+        paths = sorted(Path(source).glob(task.files))
         if not paths:
             raise InputError(f"--tasks: {name} needs {task.files} in {source}, and there is none")
-    if shots is None:
-        shots = task.shots if task else 0
     items = []
     for path in paths:
         with reading(path, f"{name}'s form"):
-            groups = task.read(path) if task else own_file(path)
+            groups = task.read(path) if task.read else each_row(path, task.row)
         for group in groups:
-            items += with_shots(group, shots)
+            items += with_shots(group, task.shots if shots is None else shots)
     if not items:
         raise InputError(f"{source}: no items")
     return first(items, limit)

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 from command_line import SIZES, main, make_base, rows
 
@@ -38,7 +37,6 @@ def length(texts):
 WORKER = """
 import sys
 from pathlib import Path
-import torch
 from model import Mistral, ScalarModel, adapted
 from ppo import PPOOptions, PPOTrainer, Prompt, Roles, Rollout, masked_whiten
 from generation import Sampling

@@ -8,7 +8,7 @@ import torch
 
 import c2f
 from data import read_preferences, world
-from evaluation import loglikelihoods
+from evaluation.likelihoods import loglikelihoods
 from merge import merge_checkpoints
 from model import Mistral, generate
 from reward import RewardModel

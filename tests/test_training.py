@@ -288,8 +288,8 @@ def test_rows_flush_left_need_no_mask(window, tmp_path):
 
 
 class Recorded(Decoder):
-    """The steps that a GPU would record, run as they are: same buffers, same index arithmetic. As in a replay, only
-    tensors that stay where they are carry anything from one step to the next."""
+    """The steps that a GPU would record, run as they are: same buffers, same index arithmetic. As in a
+    replay, only tensors that stay where they are carry anything from one step to the next."""
 
     BY_MODEL = weakref.WeakKeyDictionary()
     graphed = property(lambda self: True, lambda self, value: None)

@@ -107,8 +107,7 @@ class Tokenizer:
         self.files = [folder / name for name in SOURCES + SETTINGS if (folder / name).is_file()]
         ids = {}
         for key in ("bos", "eos", "pad", "unk"):
-            name = settings.get(f"{key}_token", backend.defaults.get(key))
-            ids[key] = backend.token_id(name) if name else None
+            ids[key] = backend.ids.get(settings.get(f"{key}_token", backend.defaults.get(key)))
         self.bos_id = ids["bos"]
         self.eos_id = self.controls.get(template.turn_end, ids["eos"])
         if self.eos_id is None:
@@ -118,7 +117,7 @@ class Tokenizer:
         if adds_bos is None:
             adds_bos = backend.adds_bos
         self.plain_bos = adds_bos and self.bos_id is not None
-        self.chat_bos = adds_bos if template.bos is None else template.bos
+        self.chat_bos = self.plain_bos if template.bos is None else template.bos and self.bos_id is not None
         self.stop_strings = tuple(text for text in template.stop_strings if text not in self.controls)
         self._markers = self.controls | {"{bos}": self.bos_id, "{eos}": self.eos_id}
         self._control_ids = set(self.controls.values())
@@ -175,9 +174,7 @@ class Tokenizer:
         False for a finished dialogue. InputError where roles are unknown or out of order.
         """
         check_dialogue(messages)
-        ids = []
-        if self.chat_bos and self.bos_id is not None:
-            ids.append(self.bos_id)
+        ids = [self.bos_id] if self.chat_bos else []
         segments = self.template.segments(messages, add_generation_prompt, self._markers)
         for i, (kind, value) in enumerate(segments):
             if kind != "control":

@@ -2,8 +2,9 @@
 
     encode(text, continues) -> ids, without BOS; `continues` leaves out the space that is put before a text
     decode(ids) -> text, of ordinary ids
-    token_id(name) -> id or None
-    vocab_size, controls {name: id}, defaults {"bos" | "eos" | "pad" | "unk": name}
+    ids            {name: id} of all tokens; vocab_size is the highest id + 1
+    controls       {name: id} of the control tokens
+    defaults       {"bos" | "eos" | "pad" | "unk": name}
     adds_bos       whether BOS goes before plain text, as the model was trained
     version        Mistral's own, "v1" to "v7", or ""
     prefix_once    whether text behind a control token goes without the space that is put before a text
@@ -33,9 +34,10 @@ class SentencePiece:
         self.decode = sp.decode
         self.controls = {sp.id_to_piece(i): i for i in range(len(sp)) if sp.is_control(i) or sp.is_unknown(i)}
         self.controls |= extra
-        self.vocab_size = 1 + max(len(sp) - 1, *self.controls.values())
-        ids = {"bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id(), "unk": sp.unk_id()}
-        self.defaults = {key: sp.id_to_piece(i) for key, i in ids.items() if i >= 0}
+        self.ids = {sp.id_to_piece(i): i for i in range(len(sp))} | extra
+        self.vocab_size = max(self.ids.values()) + 1
+        roles = {"bos": sp.bos_id(), "eos": sp.eos_id(), "pad": sp.pad_id(), "unk": sp.unk_id()}
+        self.defaults = {role: sp.id_to_piece(i) for role, i in roles.items() if i >= 0}
         # The bare name tells no version: Mistral ships v1 and v3 alike as `tokenizer.model`.
         by_tokens = "v7" if "[SYSTEM_PROMPT]" in self.controls else "v3" if "[INST]" in self.controls else ""
         self.version = path.name.removeprefix("tokenizer.model").lstrip(".") or by_tokens
@@ -48,16 +50,13 @@ class SentencePiece:
         newline = self.sp.encode("\n")
         return self.sp.encode("\n" + text)[len(newline):]
 
-    def token_id(self, name):
-        i = self.controls.get(name, self.sp.piece_to_id(name))
-        return None if i == self.sp.unk_id() and name not in self.controls else i
-
 
 class HuggingFace:
     """`tokenizer.json`, read by the `tokenizers` library, which would match control tokens in any text."""
 
-    NAMES = {"bos": ["<s>", "<|begin_of_text|>"], "unk": ["<unk>"], "pad": ["<pad>"],
-             "eos": ["</s>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>"]}
+    # Of two names for one role the later counts.
+    ROLES = {"<|end_of_text|>": "eos", "<|endoftext|>": "eos", "<|im_end|>": "eos", "</s>": "eos",
+             "<|begin_of_text|>": "bos", "<s>": "bos", "<pad>": "pad", "<unk>": "unk"}
 
     def __init__(self, path, settings):
         raw = read_json(path)
@@ -73,13 +72,12 @@ class HuggingFace:
             bare = without_prefix(text_only)
             self.engine = Tokenizer.from_str(json.dumps(text_only))
             self.bare_engine = self.engine if bare == text_only else Tokenizer.from_str(json.dumps(bare))
+            self.decode = self.engine.decode
             self.vocab_size = max(self.ids.values()) + 1
         spaces = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
         self.prefix_once = '"prepend_scheme": "first"' in spaces
-        self.defaults = {}
-        for key, names in self.NAMES.items():
-            self.defaults[key] = next((name for name in names if name in self.controls), None)
-        bos = settings.get("bos_token") or self.defaults["bos"]
+        self.defaults = {role: name for name, role in self.ROLES.items() if name in self.controls}
+        bos = settings.get("bos_token") or self.defaults.get("bos")
         self.adds_bos = bos is not None and json.dumps(bos) in json.dumps(raw.get("post_processor"))
         self.version = "v3" if "[INST]" in self.controls else ""
 
@@ -101,24 +99,15 @@ class HuggingFace:
 
     def encode(self, text, continues):
         engine = self.bare_engine if continues else self.engine
-        return engine.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.engine.decode(ids, skip_special_tokens=False)
-
-    def token_id(self, name):
-        return self.ids.get(name)
+        return engine.encode(text).ids
 
 
 def without_prefix(raw):
     """The content of a tokenizer.json without the space that is put before a text."""
     neutral = {"add_prefix_space": False, "prepend_scheme": "never", "prepend": ""}
-
-    def neutralize(node):
-        return {key: neutral.get(key, value) for key, value in node.items()}
-
     parts = json.dumps({key: raw.get(key) for key in ("normalizer", "pre_tokenizer")})
-    return raw | json.loads(parts, object_hook=neutralize)
+    return raw | json.loads(
+        parts, object_pairs_hook=lambda pairs: {key: neutral.get(key, value) for key, value in pairs})
 
 
 class Tekken:
@@ -155,18 +144,14 @@ class Tekken:
             letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
             self.engine.pre_tokenizer = pre_tokenizers.Sequence([words, letters])
             self.engine.decoder = decoders.ByteLevel()
+        self.ids = ids | self.controls
+        self.decode = self.engine.decode
 
     def encode(self, text, continues):  # no space is ever put before a text
         return self.engine.encode(text).ids
 
-    def decode(self, ids):
-        return self.engine.decode(ids)
 
-    def token_id(self, name):
-        return self.controls.get(name)
-
-
-# GPT-2's spelling of bytes: one that prints in Latin-1 is its own letter, the others are letters from 256 on.
+# GPT-2's spelling of bytes: a byte that prints in Latin-1 is its own letter, the others are letters from 256 on.
 PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
 LETTERS = {byte: 256 + n for n, byte in enumerate(sorted(set(range(256)) - PRINTABLE))}
 

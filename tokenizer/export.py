@@ -78,24 +78,17 @@ def convert_sentencepiece(sp):
 
 
 JINJA = string.Template("""\
-{%- if messages[0]['role'] == 'system' -%}
-  {%- set system = messages[0]['content'] -%}
-  {%- set turns = messages[1:] -%}
-{%- else -%}
-  {%- set system = $default_system -%}
-  {%- set turns = messages -%}
-{%- endif -%}
+{%- set turns = messages[1:] if messages[0]['role'] == 'system' else messages -%}
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else $default_system -%}
 {{- $bos -}}
-{%- if system -%}{%- set text = system -%}{{- $system -}}{%- endif -%}
+{%- if system -%}{{- $system -}}{%- endif -%}
 {%- for turn in turns -%}
   {%- set text = turn['content'] -%}
   {%- if turn['role'] == 'user' -%}
     {%- if system and $fold_here -%}{%- set text = $fold -%}{%- endif -%}
     {{- $user -}}
-  {%- elif loop.last and not add_generation_prompt -%}
-    {{- $last -}}
   {%- else -%}
-    {{- $assistant -}}
+    {{- $assistant if add_generation_prompt or not loop.last else $last -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- $generation -}}{%- endif -%}
@@ -123,8 +116,8 @@ def chat_template(tokenizer):
         assistant = " " + assistant
     return JINJA.substitute(
         default_system=json.dumps(template.default_system),
-        bos=expression("{bos}" if tokenizer.chat_bos and tokenizer.bos_id is not None else ""),
-        system=expression(template.system),
+        bos=expression("{bos}" if tokenizer.chat_bos else ""),
+        system=expression(template.system.replace("{content}", "{system}")),
         fold_here=FOLD_HERE[template.fold_into],
         fold=expression(template.fold or "{content}"),
         user=expression(template.user),
