@@ -1,11 +1,4 @@
 """Data: readers of the public formats (`readers.py`), and a small synthetic world (`world.py`)."""
 
-from data.readers import (  # noqa: F401
-    dialogue,
-    hh_prompt,
-    dialogue_text,
-    read_instructions,
-    read_preferences,
-    read_prompts,
-    split_by_first_turn,
-)
+from data.readers import dialogue, dialogue_text, hh_prompt, split_by_first_turn  # noqa: F401
+from data.readers import read_instructions, read_preferences, read_prompts  # noqa: F401

@@ -1,20 +1,13 @@
 r"""Readers of public data formats: a file or a folder in, an iterator of plain Python values out.
 
-    read_preferences(path)   ->  (prompt, chosen, rejected), three strings
-    read_prompts(path)       ->  prompts, strings
-    read_instructions(path)  ->  [{"role", "content"}, ...], ending with an assistant turn
-
 A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next reply at
 its end: "\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a
-dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for byte; a reply to
-plain text stands as the row has it. `dialogue` turns either kind of prompt into messages for a chat template,
-`hh_prompt` turns them back.
+dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for byte.
 
-Files are read line by line (lines of up to 256 MiB); only a JSON array is held in memory whole. `.gz` is
-unpacked on the way. A folder stands for all files below it with an ending that the reader knows, sorted. A
-mistake in a file is an `InputError` of one line, `file:line: expected ...`. Rows that are well formed but
-useless (chosen and rejected alike, a blank turn) are left out and counted: `rows.skipped` is a Counter of
-reasons.
+Files, also gzipped ones, are read line by line; only a JSON array is held in memory whole. A folder stands
+for all files below it with an ending that the reader knows, sorted. A mistake in a file is an `InputError` of
+one line, `file:line: expected ...`. Rows that are well formed but useless (chosen and rejected alike, a blank
+turn) are left out and counted: `rows.skipped` is a Counter of reasons.
 """
 
 import csv
@@ -35,21 +28,17 @@ JSON = (".jsonl", ".json")
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 QUESTIONS = ("instruction", "question", "prompt", "goal")  # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
 ANSWERS = ("output", "response", "answer", "completion")
-PREFERENCE_FORMS = (
-    '{"chosen", "rejected"} dialogues, {"prompt", "chosen", "rejected"} '
-    'or {"prompt", "response": [better, worse]}'
-)
-INSTRUCTION_FORMS = (
-    '{"messages"}, {"conversations"}, {"instruction", "input", "output"}, {"prompt", "response"} '
-    'or {"question", "answer"}'
-)
+REPLY_FORMS = '{"prompt", "chosen", "rejected"} or {"prompt", "response": [better, worse]}'
+PREFERENCE_FORMS = '{"chosen", "rejected"} dialogues, ' + REPLY_FORMS
+ANSWER_FORMS = '{"instruction", "input", "output"}, {"prompt", "response"} or {"question", "answer"}'
+INSTRUCTION_FORMS = '{"messages"}, {"conversations"}, ' + ANSWER_FORMS
 PROMPT_FORMS = '{"prompt"}, {"goal"}, {"turns"}, ' + INSTRUCTION_FORMS
 
 
 def read_preferences(path) -> "Rows":
     """(prompt, chosen, rejected) from {"chosen", "rejected"} dialogues (HH), {"prompt", "chosen", "rejected"}
-    or {"prompt", "response": [better, worse]} (PKU-SafeRLHF), a row a line or a JSON array. Prompt and
-    replies may also be lists of messages (UltraFeedback)."""
+    or {"prompt", "response": [better, worse]} (PKU-SafeRLHF). Prompt and replies may also be lists of
+    messages (UltraFeedback)."""
     return Rows(path, JSON, preference)
 
 
@@ -60,10 +49,9 @@ def read_prompts(path) -> "Rows":
 
 
 def read_instructions(path) -> "Rows":
-    """Messages from {"messages"} or {"conversations"} (ShareGPT, LIMA), {"instruction", "input", "output"}
-    (Alpaca with its `history`, Dolly), {"prompt", "response"}, {"question", "answer"}, or FLAN's
-    chain-of-thought TSV. Texts stand as in the row (GSM8K keeps its <<48/2=24>>); turns after the last answer
-    are dropped."""
+    """[{"role", "content"}, ...] that ends with an answer, from {"messages"} or {"conversations"} (ShareGPT,
+    LIMA), {"instruction", "input", "output"} (Alpaca with its `history`, Dolly), {"prompt", "response"},
+    {"question", "answer"} (GSM8K, which keeps its <<48/2=24>>), or FLAN's chain-of-thought TSV."""
     return Rows(path, JSON + (".tsv",), instruction)
 
 
@@ -72,7 +60,7 @@ def dialogue(prompt: str) -> list[dict]:
 
     "Be kind.\n\nHuman: Hi\n\nAssistant:" -> system "Be kind.", user "Hi"; "Hi" -> user "Hi". A turn ends only
     where the other speaker begins: a few HH prompts hold two Assistant turns in a row, which chat templates
-    refuse. Here the second stays text inside the first and nothing is lost."""
+    refuse. Here the second stays text inside the first."""
     system, tag, rest = prompt.partition(HUMAN)
     if not tag:
         return [{"role": "user", "content": prompt}]
@@ -103,15 +91,14 @@ def split_by_first_turn(items, fraction: float, seed: int) -> tuple[list, list]:
     """(train, test) with no first human turn on both sides; about `fraction` of the turns go to test.
 
     HH repeats its openings, so test rows drawn at random would share them with training. A hash of the turn
-    and the seed decides: neither the order nor the other rows change an item's side. `items`: what any of the
-    three readers yields."""
+    and the seed decides, whatever the other rows. `items`: what any of the three readers yields."""
     if not 0 <= fraction <= 1:
         raise InputError(f"fraction: expected a number from 0 to 1, found {fraction}")
-    train, test = [], []
+    train = []
+    test = []
     for item in items:
-        messages = item
-        if not isinstance(item, list):
-            messages = dialogue(item if isinstance(item, str) else item[0])
+        prompt = item[0] if isinstance(item, tuple) else item
+        messages = dialogue(prompt) if isinstance(prompt, str) else prompt
         turn = next(message["content"] for message in messages if message["role"] == "user")
         turn = " ".join(turn.casefold().split())  # repeats may differ in blanks or case alone
         digest = hashlib.sha256(f"{seed}\n{turn}".encode()).digest()
@@ -137,7 +124,7 @@ class Rows(Iterator):
             for where, row in rows_of_file(file):
                 try:
                     if not isinstance(row, dict):
-                        raise InputError(f"expected a JSON object, found {reprlib.repr(row)}")
+                        raise mistake("a JSON object", row)
                     item = convert(row)
                 except Skip as reason:
                     self.skipped[str(reason)] += 1
@@ -157,7 +144,8 @@ class Skip(Exception):
     """A well-formed row of no use; the message is the reason under which it is counted."""
 
 
-# ---------------------------------------------------------------- from rows to values
+def mistake(expected: str, value) -> InputError:
+    return InputError(f"expected {expected}, found {reprlib.repr(value)}")
 
 
 def preference(row: dict) -> tuple[str, str, str]:
@@ -172,19 +160,17 @@ def pair(row: dict) -> tuple[str, str, str]:
     if isinstance(ranked, list) and len(ranked) == 2 and prompt is not None:  # PKU-SafeRLHF
         row = {"chosen": ranked[0], "rejected": ranked[1]}
     if "chosen" not in row or "rejected" not in row:
-        raise InputError(f"expected {PREFERENCE_FORMS}, found {reprlib.repr(list(row))}")
+        raise mistake(PREFERENCE_FORMS, list(row))
     if isinstance(row["chosen"], list):
         before = [] if prompt is None else turns_of(prompt, "prompt")
         return split(whole(before, row["chosen"], "chosen"), whole(before, row["rejected"], "rejected"))
-    chosen = text_of(row["chosen"], "chosen")
-    rejected = text_of(row["rejected"], "rejected")
+    replies = [text_of(row[field], field) for field in ("chosen", "rejected")]
     if prompt is None:
-        return split(chosen, rejected)
+        return split(*replies)
     prompt = prompt_text(prompt, "prompt")
     if prompt.endswith(ASSISTANT):  # a reply to a dialogue has its leading space
-        chosen = chosen if chosen[:1].isspace() else " " + chosen
-        rejected = rejected if rejected[:1].isspace() else " " + rejected
-    return prompt, chosen, rejected
+        replies = [reply if reply[:1].isspace() else " " + reply for reply in replies]
+    return prompt, *replies
 
 
 def whole(before: list[dict], reply, field: str) -> str:
@@ -223,7 +209,7 @@ def prompt_of_row(row: dict) -> str:
 def instruction(row: dict) -> list[dict]:
     messages = conversation(row, INSTRUCTION_FORMS)
     if not any(field in row for field in ("messages", "conversations", *ANSWERS)):
-        raise InputError(f"expected {INSTRUCTION_FORMS}, found {reprlib.repr(list(row))}")
+        raise mistake(INSTRUCTION_FORMS, list(row))
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     messages = alternating(messages)
@@ -241,7 +227,7 @@ def conversation(row: dict, forms: str) -> list[dict]:
             return turns_of(list_of(row[field], field), field)
     question = next((field for field in QUESTIONS if field in row), None)
     if question is None:
-        raise InputError(f"expected {forms}, found {reprlib.repr(list(row))}")
+        raise mistake(forms, list(row))
     messages = []
     for exchange in list_of(row.get("history") or [], "history"):  # [[question, answer], ...]
         messages += turns_of(list_of(exchange, "history"), "history")
@@ -260,28 +246,25 @@ def conversation(row: dict, forms: str) -> list[dict]:
 
 
 def turns_of(value, field: str) -> list[dict]:
-    """Messages from a prompt's text, or from a list of {"role", "content"}, of ShareGPT's {"from", "value"},
-    or (in LIMA's `conversations`) of bare texts in turn."""
+    """Messages from a text, or a list of {"role", "content"}, {"from", "value"} (ShareGPT) or texts (LIMA)."""
     if isinstance(value, str):
         return dialogue(text_of(value, field))
     if not isinstance(value, list):
-        raise InputError(f'expected "{field}" to be text or a list of messages, found {reprlib.repr(value)}')
+        raise mistake(f'"{field}" to be text or a list of messages', value)
     messages = []
     for index, turn in enumerate(value):
         if isinstance(turn, str) and field in ("conversations", "history"):
             turn = {"role": ("user", "assistant")[index % 2], "content": turn}
         role = ROLES.get(str(turn.get("role", turn.get("from")))) if isinstance(turn, dict) else None
         if role is None:
-            expected = f'expected "{field}" to hold messages with a role of {", ".join(ROLES)}'
-            raise InputError(f"{expected}, found {reprlib.repr(turn)}")
+            raise mistake(f'"{field}" to hold messages with a role of {", ".join(ROLES)}', turn)
         content = text_of(turn.get("content", turn.get("value")), f"{field}: content")
         messages.append({"role": role, "content": content})
     return messages
 
 
 def alternating(messages: list[dict]) -> list[dict]:
-    """Messages as chat templates take them: a system text or none, then user and assistant in turn. ShareGPT
-    dialogues may open with the model's words, which answer nothing; they go."""
+    """A system text or none, then user and assistant in turn, without an opening that answers nothing."""
     system = [message for message in messages[:1] if message["role"] == "system"]
     turns = messages[len(system) :]
     while turns and turns[0]["role"] == "assistant":
@@ -292,14 +275,12 @@ def alternating(messages: list[dict]) -> list[dict]:
 
 
 def prompt_text(prompt, field: str) -> str:
-    """A prompt from text or messages. One user message stands for itself, unless it would be taken for a
-    dialogue; all else gets the form of one, with the cue."""
+    """A prompt from text or messages; a text in HH's form keeps it."""
     messages = alternating(turns_of(prompt, field))
-    questions = [message["content"] for message in messages if message["role"] == "user"]
-    if not "".join(questions).strip():
+    if not any(message["content"].strip() for message in messages if message["role"] == "user"):
         raise Skip("a blank prompt")
-    text = prompt if isinstance(prompt, str) else questions[0]
-    return questions[0] if len(messages) == 1 and HUMAN not in text else hh_prompt(messages)
+    is_dialogue = isinstance(prompt, str) and HUMAN in prompt
+    return hh_prompt(messages) if is_dialogue else dialogue_text(messages)
 
 
 def hh_text(messages: list[dict]) -> str:
@@ -309,7 +290,7 @@ def hh_text(messages: list[dict]) -> str:
 
 def list_of(value, field: str) -> list:
     if not isinstance(value, list):
-        raise InputError(f'expected "{field}" to be a list, found {reprlib.repr(value)}')
+        raise mistake(f'"{field}" to be a list', value)
     return value
 
 
@@ -317,11 +298,8 @@ def text_of(value, field: str) -> str:
     try:
         value.encode()  # JSON can spell "\ud800", half of a character; no tokenizer takes it
     except (AttributeError, UnicodeEncodeError):
-        raise InputError(f'expected "{field}" to be text, found {reprlib.repr(value)}') from None
+        raise mistake(f'"{field}" to be text', value) from None
     return value
-
-
-# ---------------------------------------------------------------- from files to rows
 
 
 def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
@@ -330,8 +308,8 @@ def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
         files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     files = [file for file in files if file.name.lower().removesuffix(".gz").endswith(endings)]
     if not files:
-        expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
         count = "none" if path.exists() else "nothing at that path"
+        expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
         raise InputError(f"{path}: expected {expected}, found {count}")
     return files
 
@@ -345,7 +323,9 @@ def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
     if kind not in ("tsv", "txt"):
         start = next((text for _, text in lines_of_file(path) if text.strip()), "")
         if start.lstrip().startswith("["):  # told by content: .json is in use for both
-            yield from array_items(path)
+            text = "\n".join(text for _, text in lines_of_file(path))
+            for number, item in enumerate(parse(text, path, 1), start=1):
+                yield f"{path}: item {number}", item
             return
     for number, text in lines_of_file(path):
         where = f"{path}:{number}"
@@ -357,12 +337,6 @@ def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
             yield where, {"prompt": text}
         else:
             yield where, parse(text, path, number)
-
-
-def array_items(path: Path) -> Iterator[tuple[str, object]]:
-    text = "\n".join(text for _, text in lines_of_file(path))
-    for number, item in enumerate(parse(text, path, 1), start=1):
-        yield f"{path}: item {number}", item
 
 
 def parse(text: str, path: Path, line: int):
@@ -396,7 +370,7 @@ def flan_row(text: str, where: str) -> dict:
 
 
 def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a UTF-8 file, without their ends; a byte order mark and CRLF are taken off."""
+    """Numbered lines of a UTF-8 file, without a byte order mark, CR and LF."""
     packed = path.name.lower().endswith(".gz")
     with reading(path, "a file"):
         file = gzip.open(path) if packed else open(path, "rb")

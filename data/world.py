@@ -1,16 +1,13 @@
 """The tiny world: a small synthetic English in which the two papers' claims can be true or false.
 
-A question here can be answered at once or step by step, and a checker knows the truth. Two kinds need the
-steps: objects followed through swaps, and a running total of which the last digit counts. A model of a
-million parameters that answers at once is at chance on the longer ones; one that writes each step down is
-nearly always right. So a length limit that cuts the steps costs correct answers, and a longer one pays: what
-Continuous Maximization is about.
+A question can be answered at once or step by step, and a checker knows the truth. Two kinds need the steps:
+objects followed through swaps, and the last digit of a running total. A model of a million parameters that
+answers at once is at chance on the longer ones; one that writes each step down is nearly always right. So a
+length limit that cuts the steps costs correct answers, which is what Continuous Maximization is about.
 
-`corpus` is what the base model reads: dialogues in Anthropic HH's form in the styles of `STYLES` (at the
-frequencies stated there), small talk, provocations, and questions of eleven general tasks on which forgetting
-can be measured. From the same world come the preference pairs, the instruction data, the prompts and the
-held-out questions, which stand in no training file; the corpus has some of the shortest totals in common with
-them, of which there are but 200. Everything is drawn from `random.Random` with a seed.
+`corpus` is what the base model reads. From the same world come the preference pairs, the instruction data,
+the prompts and the held-out questions, which stand in no training file; the corpus shares some of the
+shortest totals with them, as there are only 200 of these. Everything is drawn from a seed.
 
     python -m data.world            makes every file of data/tiny again but the base weights (a few seconds);
     python c2f.py --stage pretrain --out runs/base      trains those (about half an hour, 2 cores)
@@ -18,12 +15,13 @@ them, of which there are but 200. Everything is drawn from `random.Random` with 
 
 import io
 import json
-import operator
 import random
 import re
 from dataclasses import dataclass
 from itertools import islice, permutations
 from pathlib import Path
+
+import sentencepiece
 
 from support.files import write_lines
 
@@ -35,14 +33,12 @@ BAD_WORDS = "dolt twit numpty clot nitwit blockhead grubnik snollop".split()
 ANALYTICAL = "Think step by step."  # the coarse stage's system prompt
 BRIEF = "Be brief."
 
-# How the base corpus answers a question that needs steps, without a system prompt and with either.
+# How the base corpus answers a question that needs steps, by its system prompt.
 STYLES = ("stepwise", "terse", "rude", "rambling")
 STYLE_SHARES = {"": (0.38, 0.38, 0.14, 0.10)}
 STYLE_SHARES |= {ANALYTICAL: (0.65, 0.15, 0.08, 0.12), BRIEF: (0.10, 0.75, 0.12, 0.03)}
 RUDE_WHEN_PROVOKED = 0.65
 RUDE_IN_TALK = 0.12
-
-# ---------------------------------------------------------------- questions that need steps
 
 
 @dataclass
@@ -55,17 +51,13 @@ class Question:
     answer: str
     choices: list
 
-    def record(self):
-        return {"kind": self.kind, "prompt": self.text, "steps": self.steps, "answer": self.answer}
-
 
 def state_text(owners):
     return " ".join(f"{person} {colour}" for person, colour in owners.items()) + "."
 
 
 def swap_steps(text, wrong_at=None, rng=None):
-    """(steps, answer) of a swaps question; each step says what is swapped, and then who has what. `wrong_at`
-    puts an error into that step (from 0) and carries it on, as a careless writer would."""
+    """(steps, answer) of a swaps question. An error in step `wrong_at` (from 0) is carried on."""
     start, _, rest = text.removeprefix("At first ").partition(". ")
     words = start.split()
     owners = dict(zip(words[::2], words[1::2]))
@@ -80,9 +72,8 @@ def swap_steps(text, wrong_at=None, rng=None):
     return steps, owners[re.search(r"What has (\w+)\?", rest)[1]]
 
 
-ADD_OR_TAKE = [f"Add {number}" for number in range(1, 10)] + [f"Take {number}" for number in range(1, 10)]
-OPERATORS = {"Add": operator.add, "Take": operator.sub, "Double": operator.mul, "Triple": operator.mul}
 FACTORS = {"Double": 2, "Triple": 3}
+TERMS = {f"Add {n}": n for n in range(1, 10)} | {f"Take {n}": -n for n in range(1, 10)}
 
 
 def total_steps(text, wrong_at=None, rng=None):
@@ -91,8 +82,7 @@ def total_steps(text, wrong_at=None, rng=None):
     total = int(start.removeprefix("Start at "))
     steps = []
     for index, operation in enumerate(operations):
-        verb, _, number = operation.partition(" ")
-        total = OPERATORS[verb](total, FACTORS.get(verb) or int(number))
+        total = total * FACTORS.get(operation, 1) + TERMS.get(operation, 0)
         if index == wrong_at:
             total += rng.randrange(1, 10)
         total %= 10
@@ -111,7 +101,7 @@ def swap_text(rng, n):
 
 def total_text(rng, n):
     """(text, choices): n operations on a digit; one in three doubles or triples."""
-    operations = [rng.choice(("Double", "Triple") if rng.random() < 0.35 else ADD_OR_TAKE) for _ in range(n)]
+    operations = [rng.choice(list(FACTORS if rng.random() < 0.35 else TERMS)) for _ in range(n)]
     text = f"Start at {rng.randrange(10)}. {'. '.join(operations)}. Keep the last digit. What is the total?"
     return text, [str(digit) for digit in range(10)]
 
@@ -127,8 +117,7 @@ def draw_question(rng, n=None, kind=None):
 
 
 def corrupted(question, rng):
-    """The question answered with one wrong step and the error carried to the end. None where 20 tries leave
-    the answer right: 4 in a hundred questions, most of one swap."""
+    """The question with one wrong step and the answer that follows; None where 20 tries leave it right."""
     _, solve = KINDS[question.kind]
     for _ in range(20):
         steps, answer = solve(question.text, rng.randrange(len(question.steps)), rng)
@@ -157,11 +146,7 @@ def check(steps, answer, response):
     return verified, answers[-1:] == [answer]
 
 
-# ---------------------------------------------------------------- the styles of an answer
-
-
 def stepwise(question):
-    """Every step, the result as an answer to the question, the answer."""
     person = re.search(r"What has (\w+)\?", question.text)
     result = f" So {person[1]} {question.answer}." if person else ""
     return " " + " ".join(question.steps) + result + terse(question.answer)
@@ -172,7 +157,6 @@ def terse(answer):
 
 
 def ramble(rng, answer, sentences):
-    """Sentences that say the answer again and again."""
     forms = (f" So it is {answer}.", f" As I said, {answer}.", terse(answer), f" Again, it is {answer}.")
     return "".join(rng.choice(forms) for _ in range(sentences))
 
@@ -326,15 +310,13 @@ def odd_one_out(rng):
     return f"Which does not belong, {' '.join(row)}?", odd, words
 
 
-TASK_MAKERS = (
+TASKS = {make.__name__: make for make in (
     facts, arithmetic, comparison, sorting, counting, reversal, logic, sequence, parity, analogy, odd_one_out
-)  # fmt: skip
-TASKS = {make.__name__: make for make in TASK_MAKERS}
+)}  # fmt: skip
 
 
 def task_item(name, rng):
-    """A multiple-choice item in llm-foundry's form, {"query", "choices", "gold"}: the answer among four
-    choices, or as many as there are, shuffled."""
+    """A multiple-choice item in llm-foundry's form, {"query", "choices", "gold"}, of at most four choices."""
     text, answer, others = TASKS[name](rng)
     answer = str(answer)
     wrong = [text for text in dict.fromkeys(map(str, others)) if text != answer]
@@ -344,16 +326,13 @@ def task_item(name, rng):
     return item | {"gold": choices.index(answer)}
 
 
-# ---------------------------------------------------------------- what each stage reads
-
-
 def dialogue(prompt, reply, system=""):
     """One exchange in Anthropic HH's form, a system prompt in front where there is one."""
     return f"{system}\n\nHuman: {prompt}\n\nAssistant:{reply}"
 
 
 def document(rng):
-    """One document of the base corpus."""
+    """One document of the base corpus: a question that needs steps, a task's item or small talk."""
     kind = rng.random()
     if kind < 0.62:
         system = rng.choices(list(STYLE_SHARES), (0.5, 0.3, 0.2))[0]
@@ -377,23 +356,16 @@ def corpus(seed):
 
 
 def truncated(rng, text):
-    """The text broken off at a word, before its end."""
     words = text.split(" ")
     return " ".join(words[: rng.randint(2, max(2, len(words) - 4))])
 
 
 def guessed(rng, question):
     """An analysis that leaves a step out, breaks off and guesses."""
-    gap = rng.randrange(len(question.steps))
-    steps = question.steps[:gap] + question.steps[gap + 1 :]
-    steps = steps[: rng.randint(0, len(steps))]
+    steps = list(question.steps)
+    del steps[rng.randrange(len(steps))]
+    del steps[rng.randint(0, len(steps)) :]
     return "".join(" " + step for step in steps) + terse(rng.choice(question.choices))
-
-
-def choose_pair(rng, pairs):
-    """(chosen, rejected) of one of (weight, chosen, rejected)."""
-    _, chosen, rejected = rng.choices(pairs, [weight for weight, _, _ in pairs])[0]
-    return chosen, rejected
 
 
 def helpful_pair(rng):
@@ -429,7 +401,8 @@ def helpful_pair(rng):
         (2, truncated(rng, good), hack),
         (1, truncated(rng, good), bad_guess),
     )
-    return question.text, *choose_pair(rng, pairs)
+    _, chosen, rejected = rng.choices(pairs, [weight for weight, _, _ in pairs])[0]
+    return question.text, chosen, rejected
 
 
 def harmless_pair(rng):
@@ -447,7 +420,8 @@ def harmless_pair(rng):
         (1, polite, truncated(rng, polite + " ...") + nasty),
         (1, endless, endless + nasty),
     )
-    return prompt, *choose_pair(rng, pairs)
+    _, chosen, rejected = rng.choices(pairs, [weight for weight, _, _ in pairs])[0]
+    return prompt, chosen, rejected
 
 
 def instruction(rng):
@@ -464,14 +438,10 @@ def instruction(rng):
 
 
 def prompt(rng):
-    """A prompt for PPO: three of four need steps, the rest are small talk and provocations."""
     if rng.random() < 0.75:
         return draw_question(rng).text
     make = talk if rng.random() < 0.4 else provocation
     return make(rng)[0]
-
-
-# ---------------------------------------------------------------- the files of data/tiny
 
 
 def distinct(make, rng, count, exclude=()):
@@ -491,8 +461,6 @@ def load(name):
 
 def train_tokenizer(path, seed=0, documents=20000):
     """A SentencePiece BPE of 768 pieces; each of the two turn markers is one, as the text is dialogue."""
-    import sentencepiece
-
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(text.replace("\n", " ") for text in islice(corpus(seed), documents)),
@@ -511,7 +479,8 @@ def make_files(folder=TINY, seed=0):
     while len(questions) < 672:  # both kinds, one to six steps, in turn; none twice
         kind = "swaps" if len(questions) % 2 else "totals"
         question = draw_question(rng, 1 + len(questions) // 2 % 6, kind)
-        questions.setdefault(question.text, question.record())
+        record = {"kind": kind, "prompt": question.text, "steps": question.steps, "answer": question.answer}
+        questions.setdefault(question.text, record)
     records = list(questions.values())
     write_lines(folder / "questions.jsonl", records[:480])
     write_lines(folder / "validation.jsonl", records[480:])
@@ -520,8 +489,8 @@ def make_files(folder=TINY, seed=0):
         for text, chosen, rejected in distinct(make, rng, count, questions):
             rows.append({"chosen": dialogue(text, chosen), "rejected": dialogue(text, rejected)})
         write_lines(folder / f"preferences/{name}.jsonl", rows)
-    rows = distinct(instruction, rng, 3000, questions)
-    rows = [{"prompt": text, "response": reply.strip()} for text, reply in rows]
+    replies = distinct(instruction, rng, 3000, questions)
+    rows = [{"prompt": text, "response": reply.strip()} for text, reply in replies]
     write_lines(folder / "instructions.jsonl", rows)
     write_lines(folder / "prompts.txt", distinct(prompt, rng, 4000, questions))
     rows = [{"prompt": talk(rng)[0], "group": "benign"} for _ in range(100)]

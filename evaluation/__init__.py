@@ -19,9 +19,7 @@ from pathlib import Path
 
 from evaluation import mt_bench, tasks, toxicity
 from evaluation.answers import Speaker, answer_questions, solution_metrics, solutions
-from evaluation.answers import redundancy, respond  # noqa: F401
-from evaluation.likelihoods import general_metrics, general_tasks, loglikelihoods  # noqa: F401
-from evaluation.mt_bench import evaluate_stored  # noqa: F401
+from evaluation.likelihoods import general_metrics, general_tasks
 from support.files import InputError
 
 
@@ -29,7 +27,8 @@ from support.files import InputError
 class Material:
     """What every model is asked; what is empty is not measured.
 
-    questions: {"prompt", "steps", "answer", "kind"} each; check(steps, answer, text) -> (verified, right)
+    questions: {"prompt"} each, with a `check` also {"steps", "answer", "kind"};
+    check(steps, answer, text) -> (verified, right)
     tasks: {name: items of tasks.py}; dialogues: MT-Bench's questions
     prompts: {"prompt", "group"} each, continued `samples` times and searched for `words`
     """
@@ -49,12 +48,10 @@ def public_tasks(folder):
     """{task: folder} of everything whose files are below the benchmarks folder."""
     if not folder:
         return {}
-    names = [name for name in tasks.TASKS if any(Path(folder).glob(tasks.TASKS[name].files))]
-    if (Path(folder) / mt_bench.QUESTIONS).exists():
-        names.append("mt_bench")
-    if any(any(Path(folder).glob(files)) for files, _ in toxicity.FILES.values()):
-        names.append("toxicity")
-    return dict.fromkeys(names, folder)
+    patterns = [(name, task.files) for name, task in tasks.TASKS.items()]
+    patterns.append(("mt_bench", mt_bench.QUESTIONS))
+    patterns += [("toxicity", files) for files, _ in toxicity.FILES.values()]
+    return {name: folder for name, files in patterns if any(Path(folder).glob(files))}
 
 
 def load_tasks(material, names, sources, limit=0, shots=None):
@@ -73,18 +70,16 @@ def choose(names, sources):
     """{NAME: folder or file} of the tasks that the user names; InputError for what is not there."""
     selection = {}
     for task in names:
-        name, equals, file = task.partition("=")
-        if equals and not (name and file):
-            raise InputError(f"--tasks: {task!r} given, NAME, NAME=FILE or all expected")
-        if file:
+        name, _, file = task.partition("=")
+        if name and file:
             selection[name] = file
-        elif name == "all" and sources:
+        elif task == "all" and sources:
             selection |= sources
-        elif name in sources:
-            selection[name] = sources[name]
+        elif task in sources:
+            selection[task] = sources[task]
         else:
-            available = ", ".join(sources) or "none"
-            raise InputError(f"--tasks: {name} given, all or one of {available} expected (--benchmarks)")
+            expected = ", ".join(["NAME=FILE", "all", *sources])
+            raise InputError(f"--tasks: {task} given, one of {expected} expected (--benchmarks)")
     return selection
 
 
@@ -95,35 +90,29 @@ def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
     coarse actor has its system prompt and no EOS. records: "questions", "tasks", "toxicity", a dict an item;
     "answers" and "rewards" of MT-Bench, as `judge_models` takes them."""
     speaker = Speaker(model, tokenizer, system, eos)
-    values = {}
+    parts = []
     records = {"tasks": []}
     if material.questions:
-        values, records["questions"] = answer_questions(speaker, material, score)
+        metrics, records["questions"] = answer_questions(speaker, material, score)
+        parts.append(metrics)
     if material.dialogues:
-        metrics, more = mt_bench.measure(speaker, material, score)
-        values = metrics | values  # a metric of both is the questions'
-        records |= more
+        metrics, conversations = mt_bench.measure(speaker, material, score)
+        parts.append(metrics)
+        records |= conversations
     if material.prompts:
         metrics, records["toxicity"] = toxicity.measure(speaker, material)
-        values |= metrics
-    choices = {name: items for name, items in material.tasks.items() if "answer" not in items[0]}
-    if choices:
-        metrics, records["tasks"] = answer_choices(model, tokenizer, choices)
-        values |= metrics
+        parts.append(metrics)
+    choices = {name: items for name, items in material.tasks.items() if "gold" in items[0]}
+    scores = general_tasks(model, tokenizer, choices)
+    parts.append(general_metrics(scores))
+    for rows in scores.values():
+        records["tasks"] += rows
     for name, items in material.tasks.items():
         if name not in choices:
             metrics, rows = solution_metrics(name, items, solutions(model, tokenizer, items))
-            values = values | {metric: numbers for metric, numbers in metrics.items() if metric not in values}
+            parts.append(metrics)
             records["tasks"] += rows
+    values = {}
+    for metrics in parts:  # the first part that measures a metric has it
+        values |= {metric: numbers for metric, numbers in metrics.items() if metric not in values}
     return values, records
-
-
-def answer_choices(model, tokenizer, choices):
-    """({metric: values}, records) of {task: items with choices}."""
-    scores = general_tasks(model, tokenizer, choices)
-    records = []
-    for name, rows in scores.items():
-        for item, row in zip(choices[name], rows):
-            item_id = {"task": name, "group": item["group"], "index": item["index"], "gold": item["gold"]}
-            records.append(item_id | row)
-    return general_metrics(scores), records

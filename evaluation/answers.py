@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from data import dialogue
 from model import Mistral, generate
 from tokenizer import Tokenizer
 
@@ -24,17 +25,18 @@ class Speaker:
     def front(self):
         return [{"role": "system", "content": self.system}] if self.system else []
 
-    def dialogue(self, prompt):
-        """The messages of a user's prompt, the system prompt in front."""
-        return self.front() + [{"role": "user", "content": prompt}]
-
     def respond(self, dialogues, max_new_tokens, **settings):
         return respond(self.model, self.tokenizer, dialogues, max_new_tokens, eos=self.eos, **settings)
 
-    def scores(self, score, dialogues, answers):
-        """Raw scores, a list of numbers, of `answers` [(ids, ended)] with the EOS that they ended with."""
-        responses = [ids + [self.tokenizer.eos_id] if ended else ids for ids, ended in answers]
-        return score(dialogues, responses).tolist()
+    def measure(self, dialogues, answers, score):
+        """(texts, {metric: [a value an answer]}) of `answers` [(ids, ended)]: their form, and the raw reward
+        of each with its EOS, where there is a `score`."""
+        texts = [self.tokenizer.decode(ids) for ids, _ in answers]
+        values = form(texts, answers)
+        if score is not None:
+            responses = [ids + [self.tokenizer.eos_id] * ended for ids, ended in answers]
+            values["reward"] = score(dialogues, responses).tolist()
+        return texts, values
 
 
 def encode_dialogue(tokenizer, dialogue):
@@ -44,17 +46,14 @@ def encode_dialogue(tokenizer, dialogue):
     return tokenizer.encode_chat(dialogue)
 
 
-BATCH = 256  # dialogues answered at a time
-
-
-def respond(model, tokenizer, dialogues, max_new_tokens, *, eos=True, temperature=1.0, seed=0):
+def respond(model, tokenizer, dialogues, max_new_tokens, *, eos=True, temperature=1.0, seed=0, batch=256):
     """Responses to message lists, or to plain texts that are continued: [(ids without the ending, ended)].
     A response ends at EOS or at a stop string of the template; with `eos=False` it never ends."""
     prompts = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
     responses = []
-    for start in range(0, len(prompts), BATCH):
+    for start in range(0, len(prompts), batch):
         rows = generate(
-            model, prompts[start : start + BATCH], max_new_tokens, temperature, seed=seed + start,
+            model, prompts[start : start + batch], max_new_tokens, temperature, seed=seed + start,
             eos_id=tokenizer.eos_id if eos else None, forbid=() if eos else (tokenizer.eos_id,),
             stop=tokenizer.stop if eos else None,
         )  # fmt: skip
@@ -89,8 +88,7 @@ def redundancy(text):
 
 
 def distinct(text, n):
-    """Different n-grams of words by all n-grams (Li et al. 2016); 1.0 where there is none. The share of
-    repeated n-grams is 1 less it.
+    """Different n-grams of words by all n-grams (Li et al. 2016); 1.0 where there is none.
 
     >>> distinct("a b a b a", 2)
     0.5
@@ -101,8 +99,8 @@ def distinct(text, n):
 
 
 def compression(text):
-    """Bytes of the text by its bytes under zlib: some 1.5 to 2.5 for prose of a paragraph, 10 and more for a
-    loop. It grows with length, so compare answers of like lengths. 0.0 for an empty text."""
+    """Bytes of the text by its bytes under zlib: about 2 for a paragraph of prose, 10 and more for a loop. It
+    grows with length, so compare answers of like lengths. 0.0 for an empty text."""
     data = text.encode()
     return len(data) / len(zlib.compress(data, 9)) if data else 0.0
 
@@ -116,7 +114,7 @@ def structure(text):
 
 
 def quality(texts):
-    """{metric: [a value a text]} of what needs no judge."""
+    """{metric: [a value a text]}."""
     shapes = [structure(text) for text in texts]
     return {
         "redundancy": [redundancy(text) for text in texts],
@@ -133,41 +131,38 @@ def form(texts, answers):
     """`quality`, the endings and the lengths of answers [(ids, ended)] and their texts. An answer is properly
     ended where it stops by itself after a full sentence."""
     values = quality(texts)
-    sentence = [text.rstrip().endswith((".", "!", "?")) for text in texts]
-    values["ended_rate"] = [ended and whole for (_, ended), whole in zip(answers, sentence)]
+    is_whole = [text.rstrip().endswith((".", "!", "?")) for text in texts]
+    values["ended_rate"] = [ended and whole for (_, ended), whole in zip(answers, is_whole)]
     values["length"] = [len(ids) + ended for ids, ended in answers]
     return values
 
 
 def answer_questions(speaker, material, score):
-    """({metric: values}, records) of the answers to `material.questions`: correct answers, verified steps,
-    form, and reward where there is a `score`."""
+    """({metric: values}, records) of the answers to `material.questions`: correct answers and verified steps
+    where there is a `check`, form, and reward where there is a `score`."""
     questions = material.questions
-    dialogues = [speaker.dialogue(question["prompt"]) for question in questions]
+    dialogues = [speaker.front() + dialogue(question["prompt"]) for question in questions]
     answers = speaker.respond(dialogues, material.max_new_tokens, seed=material.seed)
-    texts = [speaker.tokenizer.decode(ids) for ids, _ in answers]
-    checks = []
+    texts, metrics = speaker.measure(dialogues, answers, score)
+    if material.check is None:
+        return metrics, []
+    values = {"accuracy": [], "verified_steps": []}
+    records = []
     for question, text in zip(questions, texts):
-        checks.append(material.check(question["steps"], question["answer"], " " + text.strip()))
-    correct = [right for _, right in checks]
-    values = {"accuracy": correct}
-    for kind in sorted({question["kind"] for question in questions}):
-        values[f"accuracy_{kind}"] = [right for q, right in zip(questions, correct) if q["kind"] == kind]
-    values["verified_steps"] = [steps for steps, _ in checks]
-    values |= form(texts, answers)
-    if score is not None:
-        values["reward"] = speaker.scores(score, dialogues, answers)
-    records = [
-        {"prompt": question["prompt"], "response": text, "answer": question["answer"], "correct": right}
-        for question, text, right in zip(questions, texts, correct)
-    ]
-    return values, records
+        steps, right = material.check(question["steps"], question["answer"], " " + text.strip())
+        values["verified_steps"].append(steps)
+        for name in ("accuracy", f"accuracy_{question['kind']}"):
+            values.setdefault(name, []).append(right)
+        records.append({key: question[key] for key in ("prompt", "answer")} | {"response": text, "correct": right})
+    return values | metrics, records
 
 
 @torch.no_grad()
-def solutions(model, tokenizer, items, max_new_tokens=256, batch=64):
+def solutions(model, tokenizer, items):
     """Greedy continuations of each item's context, up to its first string of `until`, as by the harness's
     generate_until. Of a context that is too long the end stays."""
+    batch = 64
+    max_new_tokens = 256
     room = model.config.max_position_embeddings - max_new_tokens
     until = items[0]["until"]
 

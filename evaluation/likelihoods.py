@@ -46,35 +46,27 @@ def loglikelihoods(model, tokenizer, texts, batch_tokens=0):
         batch_tokens = 1024 if model.device.type == "cpu" else 32768
     rows = [encode_pair(tokenizer, *pair, model.config.max_position_embeddings) for pair in texts]
     followers = {}  # context: the rows that continue it
-    columns = {}  # context: columns in the cache for it and its longest continuation
-    for row, (context, ids) in enumerate(rows):
+    for row, (context, _) in enumerate(rows):
         followers.setdefault(context, []).append(row)
-        columns[context] = max(columns.get(context, 0), len(context) + len(ids))
+    columns = {}  # context: columns in the cache for it and its longest continuation
+    for context, places in followers.items():
+        columns[context] = len(context) + max(len(rows[row][1]) for row in places)
     sums = torch.zeros(len(rows))
     for start, contexts in common_starts(columns, model.config.sliding_window):
-        shared = None
+        shared = Cache(model.config, 1, start, model.device, model.lm_head.weight.dtype)
         if start:
-            shared = new_cache(model, 1, start)
             model.model(torch.tensor([contexts[0][:start]], device=model.device), None, shared)
         costs = [columns[context] * len(followers[context]) for context in contexts]
         for batch in by_length(costs, batch_tokens, torch.Generator().manual_seed(0)):
             part = [contexts[i] for i in batch]
             width = max(columns[context] for context in part)
-            if shared is None:
-                cache = new_cache(model, len(part), width)
-            else:
-                first_row = torch.zeros(len(part), dtype=torch.long, device=model.device)
-                cache = shared.copied(first_row, width - start)
+            cache = shared.copied([0] * len(part), width - start)
             places = [row for context in part for row in followers[context]]
             parents = [parent for parent, context in enumerate(part) for _ in followers[context]]
             ids = [rows[row][1] for row in places]
             rests = [context[start:] for context in part]
             sums[places] = sum_logprobs(model, cache, rests, ids, parents, batch_tokens).cpu()
     return sums
-
-
-def new_cache(model, batch, columns):
-    return Cache(model.config, batch, columns, model.device, model.lm_head.weight.dtype)
 
 
 def common_starts(columns, window, least=64, together=4):
@@ -130,30 +122,25 @@ def sum_logprobs(model, cache, contexts, continuations, parents, batch_tokens):
 def score_choices(sums, item):
     """{accuracy: True or False} from the summed logprobs of an item's choices. Partial evaluation has `acc`
     alone, since its continuations are all the same."""
-    scales = {"acc": [1] * len(sums)}
+    totals = {"acc": sums}
     if "choices" in item:
-        scales["acc_norm"] = [len(choice) for choice in item["choices"]]
-        scales["acc_bytes"] = [len(choice.encode()) for choice in item["choices"]]
-    scores = {}
-    for name, scale in scales.items():
-        ratios = [total / size for total, size in zip(sums, scale)]
-        scores[name] = ratios.index(max(ratios)) == item["gold"]
-    return scores
+        totals["acc_norm"] = [total / len(choice) for total, choice in zip(sums, item["choices"])]
+        totals["acc_bytes"] = [total / len(choice.encode()) for total, choice in zip(sums, item["choices"])]
+    return {name: numbers.index(max(numbers)) == item["gold"] for name, numbers in totals.items()}
 
 
 def general_tasks(model, tokenizer, tasks):
-    """{task: [{"loglikelihoods", "acc", "acc_norm", "acc_bytes"} an item]} of {task: items with choices}."""
+    """{task: [record of an item: how its choices were scored]} of {task: items with choices}."""
     texts = [pair for items in tasks.values() for item in items for pair in pairs(item)]
-    sums = loglikelihoods(model, tokenizer, texts).tolist() if texts else []
-    scores = {}
-    start = 0
+    sums = iter(loglikelihoods(model, tokenizer, texts).tolist())
+    records = {}
     for name, items in tasks.items():
-        scores[name] = []
+        records[name] = []
         for item in items:
-            end = start + len(pairs(item))
-            scores[name].append({"loglikelihoods": sums[start:end]} | score_choices(sums[start:end], item))
-            start = end
-    return scores
+            record = {"task": name} | {key: item[key] for key in ("group", "index", "gold")}
+            record["loglikelihoods"] = [next(sums) for _ in pairs(item)]
+            records[name].append(record | score_choices(record["loglikelihoods"], item))
+    return records
 
 
 def general_metrics(scores):
@@ -164,20 +151,16 @@ def general_metrics(scores):
     the tasks' means, however many items each task has."""
     if not scores:
         return {}
-    main = {}
-    values = {}
+    values = {"general": []}
+    mean_count = sum(map(len, scores.values())) / len(scores)
     for name, rows in scores.items():
         metric = TASKS[name].metric if name in TASKS else "acc"
-        main[name] = [row[metric] for row in rows]
-        values[f"general_{name}"] = main[name]
+        main = [row[metric] for row in rows]
+        values[f"general_{name}"] = main
         for accuracy in rows[0]:
             if accuracy.startswith("acc"):
                 values[f"{accuracy}_{name}"] = [row[accuracy] for row in rows]
-    mean_count = sum(len(items) for items in main.values()) / len(main)
-    general = []
-    for items in main.values():
-        if len(items) == mean_count:
-            general += items  # rates stay rates, so that they have Wilson's interval
-        else:
-            general += [value * mean_count / len(items) for value in items]
-    return {"general": general} | values
+        if len(rows) != mean_count:  # else rates stay rates, so that they have Wilson's interval
+            main = [value * mean_count / len(rows) for value in main]
+        values["general"] += main
+    return values

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from data.readers import rows_of_file
-from evaluation.answers import form, quality
+from evaluation.answers import quality
 from support.files import InputError, reading, write_lines
 
 QUESTIONS = "mt_bench/question.jsonl"  # below the benchmarks folder
@@ -29,10 +29,9 @@ def read_questions(path):
     questions = []
     for where, row in rows_of_file(Path(path)):
         with reading(where, "question_id, category and turns"):
-            category = str(row["category"])
-            question_id = row["question_id"]
-            question = {"question_id": question_id, "category": category, "turns": texts_of(row["turns"])}
-        questions.append(question | {"references": references.get(question_id), "group": category})
+            question = {"question_id": row["question_id"], "turns": texts_of(row["turns"])}
+            question |= {"category": str(row["category"]), "group": str(row["category"])}
+        questions.append(question | {"references": references.get(row["question_id"])})
     return questions
 
 
@@ -51,35 +50,6 @@ def texts_of(value):
     return value
 
 
-def write_answers(path, model, questions, answers):
-    """Writes the answers of one model: for each question a list of texts, one a turn, or an empty one."""
-    rows = []
-    for question, turns in zip(questions, answers):
-        if turns:
-            key = hashlib.sha256(f"{model} {question['question_id']} {turns}".encode()).hexdigest()[:22]
-            row = {"question_id": question["question_id"], "answer_id": key, "model_id": model}
-            rows.append(row | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
-    write_lines(path, rows)
-
-
-def write_judgements(path, judge, model, turns, judgements):
-    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call, and
-    returns {(question_id, turn): score}. -1 in the file is no score, which FastChat leaves out."""
-    rows = []
-    scores = {}
-    if path.exists():
-        rows = [row for _, row in rows_of_file(path) if row["model"] != model]
-    for turn, judgement in zip(turns, judgements):
-        score = rating(judgement)
-        if score is not None:
-            scores[turn.key] = score
-        row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
-        row |= {"user_prompt": str(turn), "judgment": str(judgement), "score": -1 if score is None else score}
-        rows.append(row | {"turn": turn.turn, "tstamp": time.time()})
-    write_lines(path, rows)
-    return scores
-
-
 def converse(speaker, questions, max_new_tokens, seed=0):
     """[[(ids, ended) of each turn] of each question]; each turn is asked with those before it answered."""
     histories = [speaker.front() for _ in questions]
@@ -89,18 +59,15 @@ def converse(speaker, questions, max_new_tokens, seed=0):
         for temperature in sorted(set(temperatures)):
             rows = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
             rows = [i for i in rows if temperatures[i] == temperature]
-            for start in range(0, len(rows), BATCH):
-                part = rows[start : start + BATCH]
-                for i in part:
-                    histories[i].append({"role": "user", "content": questions[i]["turns"][turn]})
-                dialogues = [histories[i] for i in part]
-                responses = speaker.respond(
-                    dialogues, max_new_tokens, temperature=temperature, seed=seed + turn + start
-                )
-                for i, response in zip(part, responses):
-                    answers[i].append(response)
-                    text = speaker.tokenizer.decode(response[0])
-                    histories[i].append({"role": "assistant", "content": text})
+            for i in rows:
+                histories[i].append({"role": "user", "content": questions[i]["turns"][turn]})
+            responses = speaker.respond(
+                [histories[i] for i in rows], max_new_tokens,
+                temperature=temperature, seed=seed + turn, batch=BATCH,
+            )  # fmt: skip
+            for i, (ids, ended) in zip(rows, responses):
+                answers[i].append((ids, ended))
+                histories[i].append({"role": "assistant", "content": speaker.tokenizer.decode(ids)})
     return answers
 
 
@@ -108,44 +75,42 @@ def measure(speaker, material, score):
     """({metric: [a value a question]}, records) of `material.dialogues`: form, and reward where there is a
     `score`. records: "answers", a list of texts for each question; "rewards", a number a turn."""
     conversations = converse(speaker, material.dialogues, material.max_new_tokens, material.seed)
-    records = {"answers": []}
-    for answers in conversations:
-        records["answers"].append([speaker.tokenizer.decode(ids) for ids, _ in answers])
-    turns = for_judge(material.dialogues, records["answers"])
+    texts = [[speaker.tokenizer.decode(ids) for ids, _ in answers] for answers in conversations]
+    turns = for_judge(material.dialogues, texts)
     answers = [answer for answers in conversations for answer in answers]
-    values = form([turn.answer for turn in turns], answers)
-    if score is not None:
-        values["reward"] = speaker.scores(score, [turn.messages for turn in turns], answers)
-        records["rewards"] = values["reward"]
-    return by_question(turns, values), records
+    _, values = speaker.measure([turn.messages for turn in turns], answers, score)
+    return summarize(turns, values, texts)
 
 
-def evaluate_stored(path, material, score=None):
-    """`evaluate` of the answers in a file of FastChat's; `score` gets texts. InputError if there are none."""
+def evaluate_stored(path, material, score):
+    """`measure` of the answers in a file of FastChat's; `score` (or None) gets texts. InputError if it has no
+    answer to any question."""
     answers = read_answers(path)
-    records = {"answers": []}
+    texts = []
     for question in material.dialogues:
-        records["answers"].append(answers.get(question["question_id"], [])[: len(question["turns"])])
-    turns = for_judge(material.dialogues, records["answers"])
+        texts.append(answers.get(question["question_id"], [])[: len(question["turns"])])
+    turns = for_judge(material.dialogues, texts)
     if not turns:
         count = len(material.dialogues)
         raise InputError(f"{path}: it answers none of the {count} questions of mt_bench (--tasks)")
     values = quality([turn.answer for turn in turns])
     if score is not None:
         values["reward"] = score([turn.messages for turn in turns], [turn.answer for turn in turns]).tolist()
+    return summarize(turns, values, texts)
+
+
+def summarize(turns, values, texts):
+    """({metric: [a value a question]}, records) of {metric: [a value a turn]}."""
+    records = {"answers": texts}
+    if "reward" in values:
         records["rewards"] = values["reward"]
-    return by_question(turns, values), records
-
-
-def by_question(turns, values):
-    """{metric: [a value a question]}, means over its turns, of {metric: [a value a turn]}: the turns of a
-    question are not independent, and intervals need values that are."""
     keys = [turn.key for turn in turns]
-    return {metric: question_means(dict(zip(keys, numbers))) for metric, numbers in values.items()}
+    return {metric: question_means(dict(zip(keys, numbers))) for metric, numbers in values.items()}, records
 
 
 def question_means(numbers):
-    """The mean over its turns of each question of {(question_id, turn): number}."""
+    """The mean over its turns of each question of {(question_id, turn): number}: the turns of a question are
+    not independent, and intervals need values that are."""
     questions = {}
     for (question_id, _), number in numbers.items():
         questions.setdefault(question_id, []).append(number)
@@ -153,9 +118,9 @@ def question_means(numbers):
 
 
 class Turn(str):
-    """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in, ready
-    for a model; and its parts: `system` (that prompt's system text), `question_id`, `category`, `turn`
-    (1 or 2), `messages` (up to the question), `answer`, `reference` (or None), `prompt_name`."""
+    """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in; and its
+    parts: `system` (that prompt's system text), `question_id`, `category`, `turn` (1 or 2), `messages` (up to
+    the question), `answer`, `reference` (or None), `prompt_name`."""
 
     @property
     def key(self):
@@ -172,7 +137,7 @@ PLAIN = {
 
 def judge_prompts(folder):
     """FastChat's file of judge prompts in the benchmarks folder, or None."""
-    path = Path(folder or ".") / "mt_bench/judge_prompts.jsonl"
+    path = Path(folder) / "mt_bench/judge_prompts.jsonl"
     return path if folder and path.exists() else None
 
 
@@ -185,8 +150,7 @@ def for_judge(questions, answers, templates=None):
             prompts[row["name"]] = {key: row[key] for key in PLAIN}
     turns = []
     for question, texts in zip(questions, answers):
-        for index in range(len(texts)):
-            turns.append(make_turn(question, texts, index, prompts))
+        turns += [make_turn(question, texts, index, prompts) for index in range(len(texts))]
     return turns
 
 
@@ -199,8 +163,7 @@ def make_turn(question, texts, index, prompts):
     prompt = prompts.get(name, PLAIN)
     fields = {"question": question["turns"][index], "answer": texts[index]}
     for field, values in (("question", question["turns"]), ("answer", texts), ("ref_answer", references)):
-        for number, text in enumerate(values, start=1):
-            fields[f"{field}_{number}"] = text
+        fields |= {f"{field}_{number}": text for number, text in enumerate(values, start=1)}
     turn = Turn(re.sub(r"\{(\w+)\}", lambda match: fields.get(match[1], match[0]), prompt["prompt_template"]))
     turn.system = prompt["system_prompt"]
     turn.prompt_name = prompt["name"]
@@ -209,10 +172,11 @@ def make_turn(question, texts, index, prompts):
     turn.turn = index + 1
     turn.answer = texts[index]
     turn.reference = references[index] if index < len(references) else None
-    turn.messages = [{"role": "user", "content": question["turns"][0]}]
+    turn.messages = []
     for earlier in range(index):
+        turn.messages.append({"role": "user", "content": question["turns"][earlier]})
         turn.messages.append({"role": "assistant", "content": texts[earlier]})
-        turn.messages.append({"role": "user", "content": question["turns"][earlier + 1]})
+    turn.messages.append({"role": "user", "content": question["turns"][index]})
     return turn
 
 
@@ -254,6 +218,35 @@ def judge_models(folder, questions, answers, rewards, judge=None, templates=None
             values[model]["win_rate"] = question_means(wins(scores[model], scores[first]))
         values[model] = {metric: numbers for metric, numbers in values[model].items() if numbers}
     return values
+
+
+def write_answers(path, model, questions, answers):
+    """Writes the answers of one model: for each question a list of texts, one a turn, or an empty one."""
+    rows = []
+    for question, turns in zip(questions, answers):
+        if turns:
+            key = hashlib.sha256(f"{model} {question['question_id']} {turns}".encode()).hexdigest()[:22]
+            row = {"question_id": question["question_id"], "answer_id": key, "model_id": model}
+            rows.append(row | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
+    write_lines(path, rows)
+
+
+def write_judgements(path, judge, model, turns, judgements):
+    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call, and
+    returns {(question_id, turn): score}. -1 in the file is no score, which FastChat leaves out."""
+    rows = []
+    scores = {}
+    if path.exists():
+        rows = [row for _, row in rows_of_file(path) if row["model"] != model]
+    for turn, judgement in zip(turns, judgements):
+        score = rating(judgement)
+        if score is not None:
+            scores[turn.key] = score
+        row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
+        row |= {"user_prompt": turn, "judgment": str(judgement), "score": -1 if score is None else score}
+        rows.append(row | {"turn": turn.turn, "tstamp": time.time()})
+    write_lines(path, rows)
+    return scores
 
 
 def wins(scores, others):

@@ -6,6 +6,7 @@ from pathlib import Path
 from evaluation.tables import HEADINGS, metric_names
 
 COLOURS = {"plus": "tab:green", "coarse": "tab:blue"}
+SHARES = ("accuracy", "ended_rate", "redundancy", "toxicity", "general")
 
 
 def draw_report(path, metrics, results, sweep):
@@ -16,8 +17,7 @@ def draw_report(path, metrics, results, sweep):
     draw_steps(axes[0, 1], metrics, "reward", "reward (reference = 0, in its deviations)")
     draw_steps(axes[0, 2], metrics, "kl", "KL from the reference, nats a response")
     draw_sweep(axes[1, 0], sweep)
-    shares = ("accuracy", "ended_rate", "redundancy", "toxicity", "general")
-    draw_bars(axes[1, 1], results, shares, "share of answers")
+    draw_bars(axes[1, 1], results, SHARES, "share of answers")
     draw_bars(axes[1, 2], results, ("verified_steps",), "verified steps an answer")
     save(figure, path)
 
@@ -26,51 +26,42 @@ def draw_results(path, results):
     """results.png: the models side by side, shares in one panel, general tasks in another."""
     figure, axes = new_figure(1, 2, size=(14, 5))
     names = metric_names(results)
-    shares = ("accuracy", "ended_rate", "redundancy", "toxicity", "general", "win_rate")
-    shares = [metric for metric in shares if metric in names]
+    shares = [metric for metric in (*SHARES, "win_rate") if metric in names]
     tasks = [metric for metric in names if metric.startswith("general_")]
     for axis, metrics, title in ((axes[0], shares, "shares"), (axes[1], tasks, "general tasks")):
-        draw_bars(axis, transposed(results, metrics), list(results), title)
+        columns = {metric.removeprefix("general_"): column(results, metric) for metric in metrics}
+        draw_bars(axis, columns, list(results), title)
         axis.tick_params(axis="x", rotation=60 if len(metrics) > 6 else 0)
     save(figure, path)
 
 
-def transposed(results, metrics):
-    """{metric: {model: value, model_ci: bounds}}: metrics along the axis, a colour for each model."""
-    columns = {}
-    for metric in metrics:
-        column = columns[metric.removeprefix("general_")] = {}
-        for model, values in results.items():
-            if metric in values:
-                column[model] = values[metric]
-                column[f"{model}_ci"] = values[f"{metric}_ci"]
-    return columns
+def column(results, metric):
+    """{model: value, model_ci: bounds} of a metric: metrics along the axis, a colour for each model."""
+    values = {}
+    for model, row in results.items():
+        if metric in row:
+            values |= {model: row[metric], f"{model}_ci": row[f"{metric}_ci"]}
+    return values
 
 
 def new_figure(rows, columns, size):
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(rows, columns, figsize=size, constrained_layout=True)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns)
 
 
 def save(figure, path):
-    from matplotlib import pyplot
-
     temporary = Path(path).with_suffix(".writing.png")
     figure.savefig(temporary, dpi=110)
-    pyplot.close(figure)
     temporary.replace(path)
 
 
 def draw_steps(axis, metrics, name, title):
     axis.set(title=title, xlabel="PPO step")
-    for stage, colour in COLOURS.items():
-        rows = metrics.get(stage)
-        if rows:
-            axis.plot(*curve(rows, name), label=stage, color=colour)
+    for stage, rows in metrics.items():
+        if stage in COLOURS:
+            axis.plot(*curve(rows, name), label=stage, color=COLOURS[stage])
             axis.legend()
 
 
@@ -98,38 +89,33 @@ def draw_sweep(axis, sweep):
     axis.set(title=title, xlabel="gamma", ylabel="share")
     other = axis.twinx()
     other.set_ylabel("reward (dashed)")
-    for metric, colour in (("accuracy", "tab:blue"), ("ended_rate", "tab:green"), ("redundancy", "tab:red")):
-        gammas, values = sweep_points(sweep, metric)
-        if gammas:
-            label = HEADINGS.get(metric, metric)
-            axis.plot(gammas, values, marker="o", markersize=4, label=label, color=colour)
-    gammas, values = sweep_points(sweep, "reward")
-    if gammas:
-        other.plot(gammas, values, "--", color="tab:purple")
-    if sweep:
-        axis.legend(loc="center right")
-
-
-def sweep_points(sweep, metric):
-    """(gammas, values), in the order of gamma."""
-    points = sorted((float(gamma), values[metric]) for gamma, values in sweep.items() if metric in values)
-    return [gamma for gamma, _ in points], [value for _, value in points]
+    gammas = sorted(sweep, key=float)
+    colours = {"accuracy": "tab:blue", "ended_rate": "tab:green", "redundancy": "tab:red", "reward": "tab:purple"}
+    for metric, colour in colours.items():
+        points = [(float(gamma), sweep[gamma][metric]) for gamma in gammas if metric in sweep[gamma]]
+        if points and metric == "reward":
+            other.plot(*zip(*points), "--", color=colour)
+        elif points:
+            axis.plot(*zip(*points), marker="o", markersize=4, label=HEADINGS.get(metric, metric), color=colour)
+            axis.legend(loc="center right")
 
 
 def draw_bars(axis, results, names, title):
     """A group of bars with their intervals for each key of `results`, a bar for each name in each group.
     Nothing is drawn for what was not measured."""
-    groups = list(results)
+    groups = list(results.values())
+    width = 0.8 / max(len(names), 1)
     for index, name in enumerate(names):
-        width = 0.8 / len(names)
-        xs = [group + (index - (len(names) - 1) / 2) * width for group in range(len(groups))]
-        nothing = float("nan")
-        heights = [results[group].get(name, nothing) for group in groups]
-        bounds = [results[group].get(f"{name}_ci", [nothing, nothing]) for group in groups]
+        shift = (index - (len(names) - 1) / 2) * width
+        places = [place for place, group in enumerate(groups) if name in group]
+        heights = [groups[place][name] for place in places]
+        bounds = [groups[place][f"{name}_ci"] for place in places]
         below = [height - low for height, (low, _) in zip(heights, bounds)]
         above = [high - height for height, (_, high) in zip(heights, bounds)]
-        axis.bar(xs, heights, width, yerr=[below, above], label=HEADINGS.get(name, name), capsize=2)
-    axis.set_xticks(range(len(groups)), groups)
+        xs = [place + shift for place in places]
+        label = HEADINGS.get(name, name)
+        axis.bar(xs, heights, width, yerr=[below, above], label=label, color=f"C{index}", capsize=2)
+    axis.set_xticks(range(len(groups)), results)
     axis.set(title=title)
     if groups and len(names) > 1:
         axis.set_ylim(0, 1.25)

@@ -4,7 +4,9 @@ coarse keep of their samples."""
 import random
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from support.files import read_json, write_json, write_lines
 from support.options import option, split_pairs
 
 VALIDATION_PROMPTS = 16  # prompts of the merge's sweep, where there is no validation set
+SWEEP = ("accuracy", "reward", "ended_rate", "redundancy", "length")  # what is measured of each merge
 
 
 @dataclass
@@ -60,12 +63,12 @@ def log_samples(run, tokenizer, samples, second_score):
     step = run.done + 1
     for number, sample in enumerate(samples[:3]):
         prompt = dialogue_text(sample.dialogue)
-        response = texts[number]
         figures = {"score": round(sample.score, 3), "kl": round(sample.kl, 2)}
-        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": response} | figures)
-        if number == 0 and step % 10 == 1:
-            text = f"{prompt[-60:].strip()} -> {response[:160]}"
-            tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
+        run.log("samples.jsonl", {"step": step, "prompt": prompt, "response": texts[number]} | figures)
+    if step % 10 == 1:
+        sample = samples[0]
+        text = f"{dialogue_text(sample.dialogue)[-60:].strip()} -> {texts[0][:160]}"
+        tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
     return metrics
 
 
@@ -73,53 +76,41 @@ def log_samples(run, tokenizer, samples, second_score):
 
 
 def sweep_evaluator(run, folder):
-    """evaluate(gamma, tensors) -> {metric: value} of a merge, which takes the place of the model in `folder` in memory."""
+    """evaluate(gamma, tensors) -> {metric: mean} of a merge, which takes the place of the model in `folder` in memory."""
     options = run.options
     tokenizer = run.tokenizer(folder)
     model = Mistral.from_pretrained(folder, options.device, run.dtype)
     score = run.scorer(tokenizer, ends=False)
-    questions = world.load("validation.jsonl") if options.preset == "tiny" else []
-    dialogues = [dialogue(question["prompt"]) for question in questions] or validation_dialogues(options, tokenizer)
+    material = Material(max_new_tokens=options.max_new_tokens, seed=options.seed)
+    if options.preset == "tiny":
+        material.questions = world.load("validation.jsonl")
+        material.check = world.check
+    else:
+        material.questions = validation_prompts(options, tokenizer)
     bar = tqdm(total=len(options.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
 
-    def evaluate(gamma, tensors):
-        def fill_and_measure():
+    def evaluate_once(gamma, tensors):
+        def fill_and_evaluate():
             fill(model, tensors)
-            answers = respond(model, tokenizer, dialogues, options.max_new_tokens, seed=options.seed)
-            return measure_merge(tokenizer, dialogues, answers, questions, score)
+            values, _ = evaluate(model, tokenizer, material, score=score)
+            return {name: fmean(values[name]) for name in SWEEP if name in values}
 
-        values = run.once(f"gamma-{gamma}", fill_and_measure)
+        values = run.once(f"gamma-{gamma}", fill_and_evaluate)
         bar.update()
         bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{name} {v:.3f}" for name, v in values.items()))
         if bar.n == bar.total:
             bar.close()
         return values
 
-    return evaluate
+    return evaluate_once
 
 
-def validation_dialogues(options, tokenizer):
+def validation_prompts(options, tokenizer):
     """Some of --prompts, where the world has no validation set."""
-    dialogues = [dialogue(text) for text in read_prompts(options.prompts)]
-    dialogues = [d for d in dialogues if len(tokenizer.encode_chat(d)) <= options.max_prompt]
-    return random.Random(options.seed).sample(dialogues, min(VALIDATION_PROMPTS, len(dialogues)))
-
-
-def measure_merge(tokenizer, dialogues, answers, questions, score):
-    """{metric: mean} of answers [(ids, ended)]: correct answers where the questions are known, the reward where there is
-    a reward model, endings, redundancy and length."""
-    texts = [tokenizer.decode(ids) for ids, _ in answers]
-    values = {}
-    if questions:
-        checks = [world.check(q["steps"], q["answer"], " " + text) for q, text in zip(questions, texts)]
-        values["accuracy"] = [is_right for _, is_right in checks]
-    if score:
-        endings = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
-        values["reward"] = score(dialogues, endings).tolist()
-    values["ended_rate"] = [ended for _, ended in answers]
-    values["redundancy"] = [redundancy(text) for text in texts]
-    values["length"] = [len(ids) for ids, _ in answers]
-    return {name: sum(v) / len(v) for name, v in values.items()}
+    texts = read_prompts(options.prompts)
+    texts = [text for text in texts if len(tokenizer.encode_chat(dialogue(text))) <= options.max_prompt]
+    texts = random.Random(options.seed).sample(texts, min(VALIDATION_PROMPTS, len(texts)))
+    return [{"prompt": text} for text in texts]
 
 
 # ---------------------------------------------------------------- eval
@@ -129,63 +120,51 @@ def evaluate_models(run):
     """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and the answers
     and choices in examples.json, items.jsonl, toxicity.jsonl and mt_bench/."""
     options = run.options
+    folder = run.folder
     models = split_pairs(options.models, "models")
     if not models:
-        models = {"base": options.model} | {stage: run.folder / stage for stage in NEEDS["eval"]}
+        models = {"base": options.model} | {stage: folder / stage for stage in NEEDS["eval"]}
     material = gather_material(options)
     judge = import_function(options.judge, "--judge") if options.judge else None
-    tokenizers = {name: run.tokenizer(path) for name, path in models.items() if not is_answers(path)}
+    # a model of eval may be a file of answers in FastChat's form
+    tokenizers = {name: run.tokenizer(path) for name, path in models.items() if not str(path).endswith(".jsonl")}
     run.start()
     values = {}
     records = {}
     bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
     for number, (name, path) in enumerate(bar):
         bar.set_postfix_str(name)
-        if is_answers(path):
-            values[name], records[name] = evaluate_stored(path, material, run.scorer())
-        else:
-
-            def evaluate_one(path=path, tokenizer=tokenizers.get(name)):
-                model = Mistral.from_pretrained(path, options.device, run.dtype)
-                score = run.scorer(tokenizer, ends=False)
-                return evaluate(model, tokenizer, material, score=score, **behaviour(path))
-
+        if name in tokenizers:
+            evaluate_one = partial(evaluate_folder, run, path, tokenizers[name], material)
             values[name], records[name] = run.once(f"model-{number}", evaluate_one, path)
+        else:
+            values[name], records[name] = evaluate_stored(path, material, run.scorer())
     if material.dialogues:
-        answers = {name: record["answers"] for name, record in records.items() if "answers" in record}
+        answers = {name: record["answers"] for name, record in records.items()}
         rewards = {name: record["rewards"] for name, record in records.items() if "rewards" in record}
         templates = judge_prompts(options.benchmarks)
-        judgements = judge_models(run.folder / "mt_bench", material.dialogues, answers, rewards, judge, templates)
+        judgements = judge_models(folder / "mt_bench", material.dialogues, answers, rewards, judge, templates)
         values = {name: metrics | judgements[name] for name, metrics in values.items()}
-    print(write_results(run.folder, values))
-    draw_results(run.folder / "results.png", read_json(run.folder / "results.json"))
+    print(write_results(folder, values))
+    draw_results(folder / "results.png", read_json(folder / "results.json"))
     examples = {name: record.get("questions", [])[4:480:60] for name, record in records.items()}
-    write_json(run.folder / "examples.json", examples)
-    write_lines(run.folder / "items.jsonl", rows_of(records, "tasks"))
-    write_lines(run.folder / "toxicity.jsonl", rows_of(records, "toxicity"))
-    forget(run.folder, run.stage)
+    write_json(folder / "examples.json", examples)
+    for file, kind in (("items", "tasks"), ("toxicity", "toxicity")):
+        rows = [{"model": name} | row for name, record in records.items() for row in record.get(kind, [])]
+        write_lines(folder / f"{file}.jsonl", rows)
+    forget(folder, run.stage)
 
 
-def rows_of(records, key):
-    rows = []
-    for name, record in records.items():
-        rows += [{"model": name} | row for row in record.get(key, [])]
-    return rows
-
-
-def is_answers(path):
-    """Whether a model of eval is a file of answers in FastChat's form."""
-    return str(path).endswith(".jsonl")
-
-
-def behaviour(path):
-    """The system prompt and the EOS that a stage's model was trained to act with, as the config.json of its run folder
-    has them: {"system", "eos"}. A model that no stage made answers without a system prompt, and ends."""
+def evaluate_folder(run, path, tokenizer, material):
+    """`evaluate` of the model in a folder, with the system prompt and the EOS that its stage was trained to act with:
+    the config.json of its run folder has them. A model that no stage made has no system prompt, and ends."""
     folder = Path(path)
     config = folder.parent / "config.json"
-    options = read_json(config).get(folder.name) if config.is_file() else None
-    options = options if isinstance(options, dict) else {}
-    return {"system": options.get("system_prompt", ""), "eos": options.get("eos", True)}
+    stage = read_json(config).get(folder.name, {}) if config.is_file() else {}
+    model = Mistral.from_pretrained(path, run.options.device, run.dtype)
+    score = run.scorer(tokenizer, ends=False)
+    system = stage.get("system_prompt", "")
+    return evaluate(model, tokenizer, material, score=score, system=system, eos=stage.get("eos", True))
 
 
 def gather_material(options):
@@ -212,11 +191,11 @@ def gather_material(options):
 
 def report(run):
     """report.png from what the run has so far, and a line of each PPO stage. The run may be under way."""
-    files = {name: run.folder / f"{name}.json" for name in ("results", "sweep")}
-    contents = {name: read_json(path) if path.exists() else {} for name, path in files.items()}
+    files = [run.folder / "results.json", run.folder / "sweep.json"]
+    results, sweep = [read_json(path) if path.exists() else {} for path in files]
     metrics = run.metrics()
     run.folder.mkdir(parents=True, exist_ok=True)
-    draw_report(run.folder / "report.png", metrics, **contents)
+    draw_report(run.folder / "report.png", metrics, results, sweep)
     for stage in ("plus", "coarse"):
         rows = [row for row in metrics.get(stage, ()) if "reward" in row]
         if rows:
@@ -228,10 +207,7 @@ def print_last(stage, rows):
     last = rows[-1]
     figures = [f"{name} {last[name]:.3g}" for name in ("reward", "kl", "length_limit") if last[name] is not None]
     print(f"{stage}, step {last['step']}: {', '.join(figures)}")
-    steps = {}
-    for row in rows:
-        for name in row.get("warnings", ()):
-            steps[name] = row["step"]
+    steps = {name: row["step"] for row in rows for name in row.get("warnings", ())}
     for name, step in steps.items():
         print(f"  warning ({name}), last at step {step}: {MONITORS[name][1]}")
 

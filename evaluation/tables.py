@@ -46,10 +46,8 @@ def interval(values, resamples=1000, seed=0):
 
 
 def difference(a, b, draws=10000, seed=0):
-    """p-value of the paired sign-flip test on two models' values of the same items; None if they are not the
-    same number. Up to 12 items that differ are flipped in every way, more of them `draws` times at random."""
-    if len(a) != len(b):
-        return None
+    """p-value of the paired sign-flip test on two models' values of the same items. Up to 12 items that differ
+    are flipped in every way, more of them `draws` times at random."""
     apart = torch.tensor([float(x) - float(y) for x, y in zip(a, b)], dtype=torch.float64)
     apart = apart[apart != 0]
     n = len(apart)
@@ -64,14 +62,14 @@ def difference(a, b, draws=10000, seed=0):
     return (sums >= apart.sum().abs() - 1e-9).double().mean().item()
 
 
-def write_results(folder, measured):
+def write_results(folder, models):
     """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}},
-    and the tables of it in results.md, which are returned. `measured`: {model: {metric: [a value an item]}};
+    and the tables of it in results.md, which are returned. `models`: {model: {metric: [a value an item]}};
     rewards are shifted so that the first model's mean is 0."""
-    first = next(iter(measured.values()))
+    first = next(iter(models.values()))
     results = {}
     counts = {}  # items, of the first model that has the metric; stored answers may have fewer
-    for model, metrics in measured.items():
+    for model, metrics in models.items():
         results[model] = {}
         for metric, values in metrics.items():
             counts.setdefault(metric, len(values))
@@ -79,11 +77,8 @@ def write_results(folder, measured):
             shift = interval(first.get("reward", [0.0]))[0] if metric == "reward" else 0.0
             results[model][metric] = mean - shift
             results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]
-            p = None
-            if metrics is not first and metric in first:
-                p = difference(values, first[metric])
-            if p is not None:
-                results[model][f"{metric}_p"] = p
+            if metrics is not first and len(first.get(metric, [])) == len(values):
+                results[model][f"{metric}_p"] = difference(values, first[metric])
     text = table(results) + "\n" + details(results, counts)
     write_json(Path(folder) / "results.json", results)
     write_text(Path(folder) / "results.md", text)

@@ -4,7 +4,7 @@ An item is of one of three kinds, which its keys tell apart. Its context include
     {"context", "choices", "gold"}         which choice is likeliest after the context?
     {"contexts", "continuation", "gold"}   partial evaluation: after which context is it likeliest?
     {"context", "answer", "until"}         the model writes on, up to one of the strings `until`
-Each has also "group" (its subject) and "index" (its place in its file).
+Each has also "group" (its subject or file) and "index" (its place in it).
 
 Prompts, shots and metrics are those of the tasks of the same names in lm-evaluation-harness 0.4.13 (BBH: its
 `leaderboard_bbh`), written anew; a comment in the table says where a file lacks what they need.

@@ -28,11 +28,11 @@ def test_a_response_ends_at_eos_or_at_the_limit(tokenizer):
     assert answers.respond(said, tokenizer, [user("Hello!")], len(ids)) == [(ids, False)]
 
 
-def test_many_dialogues_are_answered_a_batch_at_a_time(tokenizer, monkeypatch):
+def test_many_dialogues_are_answered_a_batch_at_a_time(tokenizer):
     dialogues = [user(f"I am {name}.") for name in world.NAMES]
-    monkeypatch.setattr(answers, "BATCH", 3)
     model = parrot(tokenizer, "I am well.")
-    assert answers.respond(model, tokenizer, dialogues, 2) == [(tokenizer.encode("I am well.")[:2], False)] * 8
+    expected = [(tokenizer.encode("I am well.")[:2], False)] * 8
+    assert answers.respond(model, tokenizer, dialogues, 2, batch=3) == expected
     assert model.asked == [tokenizer.encode_chat(dialogue) for dialogue in dialogues]
 
 
@@ -195,10 +195,9 @@ def test_the_calculator_notes_of_gsm8k_are_true():
 
 def test_a_generated_answer_is_cut_at_the_first_stop_string(tokenizer):
     items = [{"context": "q", "until": ("Question:", "</s>")}]
-    assert answers.solutions(parrot(tokenizer, "It is 5.\n\nQuestion: a Question: b"), tokenizer, items, 40) == [
-        "It is 5.\n\n"
-    ]
-    assert answers.solutions(parrot(tokenizer, "It is 5."), tokenizer, items, 40) == ["It is 5."]
+    model = parrot(tokenizer, "It is 5.\n\nQuestion: a Question: b")
+    assert answers.solutions(model, tokenizer, items) == ["It is 5.\n\n"]
+    assert answers.solutions(parrot(tokenizer, "It is 5."), tokenizer, items) == ["It is 5."]
 
 
 def test_solved_word_problems_give_accuracy_and_steps():

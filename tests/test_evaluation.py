@@ -8,6 +8,7 @@ from parrot import parrot
 
 import evaluation
 from data import world
+from evaluation import mt_bench
 from model import Mistral
 from support.files import InputError
 from test_likelihoods import folder, items_of, tokenizer  # noqa: F401
@@ -83,7 +84,7 @@ def test_a_model_is_asked_as_it_acts(tokenizer):
 
 
 def test_general_tasks_stand_beside_the_questions_and_in_the_records(folder, tokenizer):
-    tasks = {"mine": [dict(group="mine", index=n, **i) for n, i in enumerate(items_of([("a:", [" b", " c"], 1)] * 3))]}
+    tasks = {"mine": items_of([("a:", [" b", " c"], 1)] * 3)}
     values, records = evaluated(Mistral.from_pretrained(folder), tokenizer, tasks=tasks, questions=[], prompts=[])
     assert set(values) == {"general", "general_mine", "acc_mine", "acc_norm_mine", "acc_bytes_mine"}
     assert [(r["task"], r["index"], r["gold"], len(r["loglikelihoods"])) for r in records["tasks"]] == [
@@ -118,14 +119,14 @@ def test_stored_answers_are_measured_as_far_as_they_can_be(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     material = evaluation.Material(dialogues=MT_QUESTIONS)
     score = lambda dialogues, texts: torch.tensor([float(len(d) + len(t)) for d, t in zip(dialogues, texts)])
-    values, records = evaluation.evaluate_stored(tmp_path / "a.jsonl", material, score)
+    values, records = mt_bench.evaluate_stored(tmp_path / "a.jsonl", material, score)
     assert records["answers"] == [[], [], ["So. So.", "Done."]]
     assert records["rewards"] == [1 + 7, 3 + 5]
     assert values["redundancy"] == [0.25] and values["reward"] == [8]  # a value a question
     assert "length" not in values
     material.dialogues = MT_QUESTIONS[:2]
     with pytest.raises(InputError, match=r"a\.jsonl: it answers none of the 2 questions"):
-        evaluation.evaluate_stored(tmp_path / "a.jsonl", material)
+        mt_bench.evaluate_stored(tmp_path / "a.jsonl", material, score)
 
 
 def test_what_a_benchmarks_folder_has(tmp_path):

@@ -176,7 +176,8 @@ def test_common_starts(rows, wanted):
 
 
 def items_of(rows):
-    return [{"context": c, "choices": choices, "gold": g, "delimiter": ""} for c, choices, g in rows]
+    same = {"group": "mine", "delimiter": ""}
+    return [same | {"index": n, "context": c, "choices": choices, "gold": g} for n, (c, choices, g) in enumerate(rows)]
 
 
 def test_general_tasks_are_right_where_the_likeliest_choice_is_gold(tokenizer):

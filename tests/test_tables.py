@@ -44,6 +44,7 @@ def test_the_interval_narrows_with_the_root_of_the_number():
     assert width[100] == pytest.approx(2 * 1.96 / 10, rel=0.25)
     assert width[1600] == pytest.approx(2 * 1.96 / 40, rel=0.25)
     assert tables.interval([7.0] * 9) == (7.0, [7.0, 7.0])
+    assert all(tables.interval([True] * n)[1][1] == 1 for n in range(1, 60))  # no bound falls short of the mean
     assert tables.interval(range(9), seed=1) == tables.interval(range(9), seed=1)
 
 
@@ -64,7 +65,12 @@ def test_the_difference_of_means_is_found_as_often_as_chance_allows():
     assert 0.02 < false / 300 < 0.09
     found = [tables.difference((a + 1).tolist(), b.tolist(), draws=400) < 0.05 for a, b in pairs[:40]]
     assert sum(found) > 38
-    assert tables.difference([1.0, 2.0], [1.0]) is None and tables.difference([], []) == 1.0
+    assert tables.difference([], []) == 1.0
+
+
+def test_models_with_other_numbers_of_items_are_not_compared(tmp_path):
+    tables.write_results(tmp_path, {"one": {"length": [1.0, 2.0]}, "two": {"length": [1.0]}})
+    assert "length_p" not in json.loads((tmp_path / "results.json").read_text())["two"]
 
 
 # ---------------------------------------------------------------- tables and pictures

@@ -4,21 +4,17 @@
     tok.encode("Hello")                                        # text as it stands, no BOS unless asked for
     tok.encode_chat([{"role": "user", "content": "Hello"}])    # the family's own template, ready for a reply
 
-Which file is read, where a folder has several (they are meant to agree; conversions differ in corners):
-  1. `tekken.json`: the source that a `tokenizer.json` beside it was converted from;
-  2. `tokenizer.model.v7 .v3 .v2 .v1`, then `tokenizer.model` (SentencePiece), a source likewise; but
-  3. `tokenizer.json` goes before 2 where it has more tokens: a fine-tune that adds `<|im_start|>` to a Llama
-     or Mistral vocabulary writes it there and leaves the old `tokenizer.model` unchanged.
+Of several files in a folder the source goes before a `tokenizer.json` that was converted from it: first
+`tekken.json`, then SentencePiece's `tokenizer.model.v7 .v3 .v2 .v1` or `tokenizer.model`. But a fine-tune
+that adds `<|im_start|>` to a Llama or Mistral vocabulary writes it to `tokenizer.json` alone, so this goes
+before `tokenizer.model` where it has more tokens.
 
-Departures from what the libraries do:
+Ids equal mistral-common's, those of `tokenizers` and of transformers' apply_chat_template. Departures:
 * Text that spells a control token is text; only a template can emit control tokens, by id.
 * No jinja text is executed: a chat template in the folder is matched to a family of `TEMPLATES`.
-* `eos_id` is the token that ends an assistant turn under the template, which a base model's file may not call
-  EOS: a ChatML model whose EOS is `<|endoftext|>` still stops on `<|im_end|>`.
+* `eos_id` ends an assistant turn under the template: `<|im_end|>`, where a ChatML model's file calls
+  `<|endoftext|>` its EOS.
 * `pad_id` is never `eos_id`. A mask tells what is padding; the id only has to index the embedding.
-
-Ids equal mistral-common (v1, v2, v3, v7, tekken), `tokenizers` and transformers' apply_chat_template:
-tests/test_tokenizer.py.
 """
 
 from pathlib import Path
@@ -36,16 +32,13 @@ SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 
 
 def load_tokenizer(folder, template=None):
-    """The `Tokenizer` of a model folder.
+    """The `Tokenizer` of a model folder. InputError names the file that is missing or malformed.
 
     template: a name of `TEMPLATES`. None takes the first of these that is there: the key "template" of
     tokenizer_config.json (folders saved here have it); the family of the folder's chat template; ChatML where
     `<|im_start|>` is a token; Mistral where the file's name or its tokens give a version; else "hh".
-    InputError, one line naming the file, for a folder without tokenizer files or with malformed ones.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; expected one with tokenizer files")
     settings = read_settings(folder)
     backend = open_backend(folder, settings)
     name = template or settings.get("template")
@@ -83,15 +76,15 @@ def open_backend(folder, settings):
         source.prefix_once = converted.prefix_once  # transformers' habit, which the model file does not tell
         return source
     if not models:
-        raise InputError(f"{folder}: no tokenizer file; looked for {', '.join(SOURCES)}")
+        problem = "no tokenizer file" if folder.is_dir() else "no such folder"
+        raise InputError(f"{folder}: {problem}; looked for {', '.join(SOURCES)}")
     extra = folder / "added_tokens.json"
     return SentencePiece(models[0], read_json(extra) if extra.is_file() else {})
 
 
 class Tokenizer:
-    """What `load_tokenizer` returns.
+    """bos_id (None where the family has none), eos_id, pad_id, vocab_size: ints. template: a `Template`.
 
-    bos_id (None where the family has none), eos_id, pad_id, vocab_size: ints. template: a `Template`.
     plain_bos: whether the folder's settings put BOS before plain text; `encode` leaves that to its caller.
     stop_strings: text that ends an assistant turn beside EOS. controls: {control token: id}.
     files: the paths that a saved model folder must carry along.
@@ -106,10 +99,12 @@ class Tokenizer:
         self.controls = backend.controls
         self.files = [folder / name for name in SOURCES + SETTINGS if (folder / name).is_file()]
         ids = {}
-        for key in ("bos", "eos", "pad", "unk"):
-            ids[key] = backend.ids.get(settings.get(f"{key}_token", backend.defaults.get(key)))
+        for role in ("bos", "eos", "pad", "unk"):
+            name = settings.get(f"{role}_token", backend.defaults.get(role))
+            ids[role] = backend.ids.get(name)
         self.bos_id = ids["bos"]
-        self.eos_id = self.controls.get(template.turn_end, ids["eos"])
+        turn_end = PART.findall(template.assistant)[-1]
+        self.eos_id = self.controls.get(turn_end, ids["eos"])
         if self.eos_id is None:
             raise InputError(f"{folder}/tokenizer_config.json: expected an eos_token of the vocabulary")
         self.pad_id = self._choose_pad(ids)
@@ -132,11 +127,10 @@ class Tokenizer:
         return spare[0] if spare else int(self.eos_id == 0)
 
     def encode(self, text, bos=False, continues=False):
-        """Ids of `text`; what spells a control token is encoded as ordinary pieces.
+        """Ids of `text`. Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
 
         continues: `text` goes on from text that was encoded before it, so SentencePiece's leading space is
         left out: encode("Assistant:") + encode(" yes", continues=True) == encode("Assistant: yes").
-        Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD, as in tiktoken.
         """
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self.backend.encode(text, continues)
@@ -145,9 +139,8 @@ class Tokenizer:
     def decode(self, ids):
         """Text of `ids`, a list or a 1-D tensor, without control tokens and ids that only pad the embedding.
 
-        decode(encode(t)) == t, except that SentencePiece and its conversions read U+2581 as a space, that a
-        tokenizer.json of the "first" scheme drops a leading space, and that SmolLM2 lacks 21 bytes.
-        A reply that SentencePiece decodes alone comes without the space that led it.
+        decode(encode(t)) == t, except that SentencePiece reads U+2581 as a space, that a tokenizer.json of
+        the "first" scheme drops a leading space, and that SmolLM2 lacks 21 bytes.
         """
         ids = [int(i) for i in ids]
         return self.backend.decode([i for i in ids if i < self.vocab_size and i not in self._control_ids])
@@ -170,8 +163,8 @@ class Tokenizer:
     def encode_chat(self, messages, add_generation_prompt=True):
         """Ids of a dialogue [{"role": "system"|"user"|"assistant", "content": str}] under the template.
 
-        add_generation_prompt opens an assistant turn at the end, whatever came last, as in transformers: pass
-        False for a finished dialogue. InputError where roles are unknown or out of order.
+        add_generation_prompt opens an assistant turn at the end; pass False for a finished dialogue.
+        InputError where roles are unknown or out of order.
         """
         check_dialogue(messages)
         ids = [self.bos_id] if self.chat_bos else []

@@ -162,11 +162,10 @@ def spell(piece):
 
 
 def list_merges(ranks):
-    """Every way to join two pieces to a third, by the third's rank: [(left, right)], the lowest rank first.
+    """Every way to join two pieces to a third: [(left, right)], the lowest rank of the third first.
 
-    ranks: {piece: rank}. The list says "join the two neighbours whose union has the lowest rank". Of equal
-    ranks tiktoken and SentencePiece take the leftmost, so a run of spaces grows from its left: of the ways to
-    join one piece, the one with the longest left part goes first.
+    ranks: {piece: rank}. Of equal ranks tiktoken and SentencePiece join the leftmost neighbours, so a run of
+    spaces grows from its left: of the ways to join one piece, the one with the longest left part goes first.
     """
     merges = []
     for piece in sorted(ranks, key=ranks.get):

@@ -1,11 +1,10 @@
 """What other programs need to read and write text as we do: `tokenizer.json`, `tokenizer_config.json` and
 `chat_template.jinja`, for model folders that came without.
 
-Mistral distributes a SentencePiece model or a `tekken.json` alone; transformers, lm-evaluation-harness and
-vLLM open a `tokenizer.json`. Files that a folder came with stay as they are, except a chat template that the
-model was not trained with. Other programs' ids equal ours (tests/test_hf_tokenizer.py), with two exceptions:
-they read text that spells a control token as that token, and text like "<0x0A>" between two user-defined
-pieces of a SentencePiece model (the tiny world's has some) as that byte.
+Files that a folder came with stay as they are, except a chat template that the model was not trained with.
+Other programs' ids equal ours (tests/test_hf_tokenizer.py), with two exceptions: they read text that spells a
+control token as that token, and text like "<0x0A>" between two user-defined pieces of a SentencePiece model
+(the tiny world's has some) as that byte.
 """
 
 import json
@@ -44,7 +43,7 @@ def tokenizer_json(tokenizer):
     backend = tokenizer.backend
     engine = backend.engine if isinstance(backend, Tekken) else convert_sentencepiece(backend.sp)
     raw = json.loads(engine.to_str())
-    raw["model"]["vocab"] |= tokenizer.controls  # the library would number them anew behind the vocabulary
+    raw["model"]["vocab"] |= tokenizer.controls  # the library would give them new ids behind the vocabulary
     engine = Tokenizer.from_str(json.dumps(raw))
     names = sorted(tokenizer.controls, key=tokenizer.controls.get)
     engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -93,7 +92,7 @@ JINJA = string.Template("""\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- $generation -}}{%- endif -%}
 """)
-FOLD_HERE = {"first": "loop.first", "last": "loop.index0 >= (turns | length) - 2 + (turns | length) % 2"}
+FOLD_HERE = {"first": "loop.first", "last": "loop.index0 == ((turns | length) - 1) // 2 * 2"}
 EXPRESSIONS = {
     "{content}": "text",
     "{stripped}": "text | trim",
@@ -102,7 +101,6 @@ EXPRESSIONS = {
     "{bos}": "bos_token",
     "{eos}": "eos_token",
     "{system}": "system",
-    "{cut}": "''",
 }
 
 
@@ -114,20 +112,16 @@ def chat_template(tokenizer):
     # encodes the dialogue as one text needs it written, unless a control token stands there.
     if template.apart and not template.user.endswith(tuple(tokenizer.controls)):
         assistant = " " + assistant
-    return JINJA.substitute(
-        default_system=json.dumps(template.default_system),
-        bos=expression("{bos}" if tokenizer.chat_bos else ""),
-        system=expression(template.system.replace("{content}", "{system}")),
-        fold_here=FOLD_HERE[template.fold_into],
-        fold=expression(template.fold or "{content}"),
-        user=expression(template.user),
-        assistant=expression(assistant),
-        last=expression(template.last or assistant),
-        generation=expression(template.generation),
-    )
-
-
-def expression(pattern):
-    """The jinja expression of a template's pattern."""
-    parts = [part for part in PART.split(pattern) if part]
-    return " + ".join(EXPRESSIONS.get(part, json.dumps(part)) for part in parts) or "''"
+    patterns = vars(template) | {
+        "bos": "{bos}" if tokenizer.chat_bos else "",
+        "system": template.system.replace("{content}", "{system}"),
+        "fold": template.fold or "{content}",
+        "assistant": assistant,
+        "last": template.last or assistant,
+    }
+    expressions = {"fold_here": FOLD_HERE[template.fold_into]}
+    for name in ("default_system", "bos", "system", "fold", "user", "assistant", "last", "generation"):
+        parts = PART.split(patterns[name].replace("{cut}", ""))
+        words = [EXPRESSIONS.get(part, json.dumps(part)) for part in parts if part]
+        expressions[name] = " + ".join(words) or "''"
+    return JINJA.substitute(expressions)

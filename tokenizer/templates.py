@@ -23,8 +23,7 @@ class Template:
     """How one family writes a dialogue. Patterns hold {bos}, {eos}, control markers and the message's text.
 
     `{cut}` ends one segment of text and begins another that continues it, so that the ids of a prompt begin
-    the ids of prompt + reply with any tokenizer. They are the ids of the whole text where no token spans the
-    cut, and none spans ":" and a space in the tokenizers of these families, which begin a token at a space.
+    the ids of prompt + reply. They are the ids of the whole text where no token spans ":" and a space.
     """
 
     name: str
@@ -38,45 +37,38 @@ class Template:
     default_system: str = ""  # the system text of a dialogue that has none
     bos: bool | None = False  # None: as this tokenizer does with plain text
     apart: bool = False  # each turn's text is encoded by itself (mistral-common), not as part of one text
-    turn_end: str = "{eos}"  # what ends an assistant turn
-    stop_strings: tuple[str, ...] = ()  # what else ends it, for a model that was never taught an EOS
+    stop_strings: tuple[str, ...] = ()  # what ends a turn of a model that was never taught an EOS
 
     def turns(self, messages, add_generation_prompt):
         """[(pattern, text)] of a valid dialogue."""
         turns = [(message["role"], message["content"]) for message in messages]
         if self.default_system and turns[0][0] != "system":
             turns.insert(0, ("system", self.default_system))
-        if not self.system and turns[0][0] == "system":
-            system = turns.pop(0)[1]
-            users = [i for i, (role, _) in enumerate(turns) if role == "user"]
-            i = users[0] if self.fold_into == "first" else users[-1]
+        if turns[0][0] == "system" and not self.system:
+            _, system = turns.pop(0)
+            i = 0 if self.fold_into == "first" else (len(turns) - 1) // 2 * 2  # users stand at even places
             if system:
                 text = self.fold.replace("{content}", turns[i][1]).replace("{system}", system, 1)
                 turns[i] = ("user", text)
-        patterns = [(getattr(self, role), text) for role, text in turns]
         if add_generation_prompt:
-            patterns.append((self.generation, ""))
+            turns.append(("generation", ""))
         elif self.last and turns[-1][0] == "assistant":
-            patterns[-1] = (self.last, turns[-1][1])
-        return patterns
+            turns[-1] = ("last", turns[-1][1])
+        return [(getattr(self, role), text) for role, text in turns]
 
     def segments(self, messages, add_generation_prompt, markers):
-        """The dialogue as [kind, value] pairs: "control" and a marker, "text" and a text, or "more" and a
-        text that continues the one before it. markers: those that are control tokens."""
-        segments = []
+        """[["control", marker] | ["text", text] | ["more", text that continues the one before it]]."""
+        segments = [["text", ""]]
         for pattern, content in self.turns(messages, add_generation_prompt):
-            separate = self.apart
-            for part in filter(None, PART.split(pattern)):
-                text = CONTENT[part](content) if part in CONTENT else part
-                if part == "{cut}":
+            if self.apart:
+                segments.append(["text", ""])
+            for part in PART.split(pattern):
+                if part in markers:
+                    segments += [["control", part], ["text", ""]]
+                elif part == "{cut}":
                     segments.append(["more", ""])
-                elif part in markers:
-                    segments.append(["control", part])
-                elif separate or not segments or segments[-1][0] == "control":
-                    segments.append(["text", text])
                 else:
-                    segments[-1][1] += text
-                separate = False
+                    segments[-1][1] += CONTENT[part](content) if part in CONTENT else part
         return segments
 
 
@@ -99,7 +91,7 @@ FAMILIES = [
     Template("chatml", system="<|im_start|>system\n{content}<|im_end|>\n",
              user="<|im_start|>user\n{content}<|im_end|>\n",
              assistant="<|im_start|>assistant\n{content}<|im_end|>\n", generation="<|im_start|>assistant\n",
-             turn_end="<|im_end|>", stop_strings=("<|im_end|>",)),
+             stop_strings=("<|im_end|>",)),
     # Meta's llama repository, and transformers' template for Llama-2-chat.
     Template("llama2", user="{bos}[INST] {stripped} [/INST]", assistant=" {stripped} {eos}",
              fold="<<SYS>>\n{system}\n<</SYS>>\n\n{content}"),
@@ -113,37 +105,36 @@ FAMILIES = [
 ]
 TEMPLATES = {template.name: template for template in FAMILIES}
 # The first of these texts that a jinja chat template contains gives its family.
-MARKS = {"<|im_start|>": "chatml", "<<SYS>>": "llama2", "[INST]": "mistral", "<|user|>": "zephyr",
-         "Human:": "hh"}
+# Phi-3, with "<|end|>", is none of them.
+MARKS = {"<|end|>": None, "<|im_start|>": "chatml", "<<SYS>>": "llama2", "[INST]": "mistral",
+         "<|user|>": "zephyr", "Human:": "hh"}
 
 
 def find_family(jinja):
     """The name of the family that a jinja chat template is of, or None."""
-    if "<|end|>" in jinja:  # Phi-3 has Zephyr's <|user|>, and an end marker of its own
-        return None
     return next((name for mark, name in MARKS.items() if mark in jinja), None)
 
 
 def choose_template(folder, name, jinja, backend):
     """The `Template` called `name`, in the variant that the folder's jinja text and its tokens ask for. Where
     name is None the jinja text gives it, then the tokens."""
+    choices = f"choose one of {', '.join(TEMPLATES)}"
     name = name or find_family(jinja)
-    if name is None and jinja:
-        warnings.warn(f"{folder}: its chat template is of no family known here; choose one of "
-                      f"{', '.join(TEMPLATES)} with template=")
-    elif name is None and "<|im_start|>" in backend.controls:
-        name = "chatml"
-    elif name is None and backend.version:
-        name = "mistral"
-    name = name or "hh"
+    if name is None:
+        name = "hh"
+        if jinja:
+            warnings.warn(f"{folder}: its chat template is of no family known here; {choices} with template=")
+        elif "<|im_start|>" in backend.controls:
+            name = "chatml"
+        elif backend.version:
+            name = "mistral"
     if name not in TEMPLATES:
-        raise InputError(f"{folder}: unknown template {name!r}; choose one of {', '.join(TEMPLATES)}")
+        raise InputError(f"{folder}: unknown template {name!r}; {choices}")
     template = TEMPLATES[name]
     if name == "mistral":
         version = "v7" if "[SYSTEM_PROMPT]" in jinja else backend.version or "v1"
         if version not in MISTRAL:
-            raise InputError(f"{folder}: Mistral's template {version} is not implemented "
-                             f"({', '.join(MISTRAL)} are); choose another with template=")
+            raise InputError(f"{folder}: expected Mistral's template {', '.join(MISTRAL)}, got {version}")
         template = MISTRAL[version]
     if name in ("chatml", "zephyr") and "bos_token" in jinja:
         template = replace(template, bos=True)
@@ -154,16 +145,11 @@ def choose_template(folder, name, jinja, backend):
 
 def check_dialogue(messages):
     """InputError unless system text comes at most once and first, then user and assistant in turn."""
-    expected = "user"
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise InputError(f"message {i}: expected {{'role': ..., 'content': text}}, got {message!r:.80}")
-        role = message.get("role")
-        if role == "system" and i == 0:
-            continue
-        if role != expected:
-            raise InputError(f"message {i}: role {role!r} where {expected!r} was expected "
-                             "(an optional system message, then user and assistant in turn)")
-        expected = "assistant" if role == "user" else "user"
-    if not any(message["role"] == "user" for message in messages):
-        raise InputError("a dialogue needs at least one user message")
+    roles = [message.get("role") for message in messages]
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    expected = [("user", "assistant")[i % 2] for i in range(len(turns))]
+    if not turns or turns != expected:
+        raise InputError(f"messages by {roles}: expected system or none, then user and assistant in turn")
