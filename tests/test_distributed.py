@@ -37,6 +37,7 @@ def length(texts):
 WORKER = """
 import sys
 from pathlib import Path
+import torch
 from model import Mistral, ScalarModel, adapted
 from ppo import PPOOptions, PPOTrainer, Prompt, Roles, Rollout, masked_whiten
 from generation import Sampling
