@@ -6,7 +6,8 @@
              sft ------------+--> fine -> eval          Continuous Maximization, then gamma*coarse+(1-gamma)*sft
 
     python c2f.py                          all of it on the bundled tiny world, on a laptop
-    python c2f.py --stage coarse --preset mistral-7b --model mistralai/Mistral-7B-v0.1 --reward-model DIR --prompts FILE
+    python c2f.py --stage coarse --preset mistral-7b --model mistralai/Mistral-7B-v0.1 --reward-model DIR
+    --prompts FILE
 
 Every stage reads folders and files and leaves a folder in --out that transformers opens, and its figures in
 metrics.jsonl. The maths is in model.py, reward.py, sft.py, ppo.py, length.py and merge.py.
@@ -40,9 +41,11 @@ from support.options import build_parser, check, check_device, option
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")  # run by all processes, the other stages by the first alone
+# All processes run these stages together; the first runs the others alone.
+TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")
 ANALYTICAL = (
-    "Answer analytically: think the question through step by step, explain each step in detail, and only then conclude."
+    "Answer analytically: think the question through step by step, explain each step in detail, "
+    "and only then conclude."
 )
 
 # Defaults by preset: those of all its stages, then those of a stage.
@@ -50,28 +53,31 @@ ANALYTICAL = (
 PRESETS = {
     "tiny": {
         "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
-                       prompts=str(world.TINY / "prompts.txt"), instructions=str(world.TINY / "instructions.jsonl"),
-                       max_new_tokens=128, length_limit=128, limit_maximum=128, max_length=256, max_prompt=128,
-                       dtype="float32"),
+                       prompts=str(world.TINY / "prompts.txt"),
+                       instructions=str(world.TINY / "instructions.jsonl"), dtype="float32",
+                       max_new_tokens=128, length_limit=128, limit_maximum=128, max_length=256,
+                       max_prompt=128),
         "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
         "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
         "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
         "plus": dict(steps=30, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, length_limit=32, limit_growth="cm"),
+        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, length_limit=32,
+                       limit_growth="cm"),
     },
     "smollm2-135m": {
-        "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5, kl_coefficient=0.05,
-                       length_limit=96, limit_maximum=256, max_length=160, max_prompt=96, max_new_tokens=128,
-                       gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
+        "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5,
+                       kl_coefficient=0.05, length_limit=96, limit_maximum=256, max_length=160,
+                       max_prompt=96, max_new_tokens=128, gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
         "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, test_pairs=150),
         "sft": dict(steps=100, train_lr=2e-5, batch_tokens=4096),
         "plus": dict(steps=20, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, length_limit=32, limit_growth="cm", limit_window=4),
+        "coarse": dict(steps=20, eos=False, system_prompt=ANALYTICAL, length_limit=32, limit_growth="cm",
+                       limit_window=4),
     },
     "mistral-7b": {  # adapters over one frozen copy in bf16: one GPU of 40 to 80 GB
-        "common": dict(lora_rank=16, checkpointing=True, batch=64, epochs=1, minibatches=4, microbatch=8, lr=2e-5,
-                       critic_lr=1e-4, train_lr=1e-4, kl_coefficient=0.05, length_limit=512, limit_maximum=2048,
-                       max_new_tokens=1024, template="hh"),
+        "common": dict(lora_rank=16, checkpointing=True, batch=64, epochs=1, minibatches=4, microbatch=8,
+                       lr=2e-5, critic_lr=1e-4, train_lr=1e-4, kl_coefficient=0.05, length_limit=512,
+                       limit_maximum=2048, max_new_tokens=1024, template="hh"),
         "reward": dict(steps=2000, batch_pairs=32),
         "sft": dict(steps=1000, batch_tokens=65536),
         "plus": dict(steps=1000, concise=0.5, truncation_penalty=0.5),
@@ -82,7 +88,9 @@ PRESETS = {
 
 
 @dataclass
-class Options(RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions):
+class Options(
+    RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions
+):
     TITLE = "stage and input"
 
     stage: str = option("all", "what to do", choices=STAGES)
@@ -90,8 +98,8 @@ class Options(RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, m
     model: str = option("", "base model: a folder or a hub id")
     sft_model: str = option("", "instruction model of the fine stage (default OUT/sft)")
     reward_model: str = option("", "reward model of plus, coarse and eval (default OUT/reward)")
-    preferences: str = option("", "preference pairs, a file or folder (HH, or prompt/chosen/rejected JSON lines)")
-    instructions: str = option("", "instruction data of sft, a file or folder (Alpaca, ShareGPT, messages ...)")
+    preferences: str = option("", "preference pairs: a file or folder (HH, or prompt/chosen/rejected lines)")
+    instructions: str = option("", "instruction data of sft: a file or folder (Alpaca, ShareGPT ...)")
     prompts: str = option("", "prompts of PPO, a file or folder")
     max_prompt: int = option(512, "tokens of a PPO prompt; longer ones are left out and counted", least=1)
     system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage")
@@ -105,7 +113,7 @@ def resolve(arguments, stage):
     preset = PRESETS[arguments.get("preset", "tiny")]
     options = Options(**(preset["common"] | preset.get(stage, {}) | arguments))
     if stage == "pretrain" and options.preset != "tiny":
-        raise InputError(f"--stage pretrain: it makes the tiny preset's base, {options.preset} has one already: --model")
+        raise InputError(f"--stage pretrain: it makes the tiny base; {options.preset} has one: --model")
     options.out = options.out or f"runs/{options.preset}"
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
@@ -147,7 +155,8 @@ def train_sft(run):
     if not examples:
         within = f"begins within {options.max_length} tokens"
         raise InputError(f"--instructions: no answer in {options.instructions} {within}")
-    model = trainable(Mistral.from_pretrained(options.model, options.device, run.dtype), options, options.seed)
+    base = Mistral.from_pretrained(options.model, options.device, run.dtype)
+    model = trainable(base, options, options.seed)
     trainer = SFTTrainer(model, examples, options)
     run.start()
     run.train(trainer, {"loss": "loss", "grad_norm": "norm"})
@@ -167,10 +176,11 @@ def train_reward(run):
     if not train or not test:
         split = f"{len(train)} to train on and {len(test)} to test on"
         raise InputError(f"--preferences: {len(pairs)} pairs leave {split}; more are needed")
-    adapter = lora(options)
-    model = RewardModel.from_base(options.model, options.device, run.dtype, options.seed, *adapter)
+    model = RewardModel.from_base(options.model, options.device, run.dtype, options.seed, *lora(options))
     model.model.checkpointing = options.checkpointing
-    trainer = RewardTrainer(model if options.lora_rank else processes.spread(model), train, tokenizer.eos_id, options)
+    if not options.lora_rank:
+        model = processes.spread(model)
+    trainer = RewardTrainer(model, train, tokenizer.eos_id, options)
     run.start()
     run.train(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     with processes.gathered(model.eval()):
@@ -191,7 +201,9 @@ def train_ppo(run):
         score = UserScorer(options.score, "--score", tokenizer, options.eos)
     else:
         score = run.scorer(tokenizer, options.eos, base)
-    second = UserScorer(options.second_score, "--second-score", tokenizer, options.eos) if options.second_score else None
+    second = None
+    if options.second_score:
+        second = UserScorer(options.second_score, "--second-score", tokenizer, options.eos)
     if options.eos:
         sampling = Sampling(eos_id=tokenizer.eos_id, stop=tokenizer.stop)
     else:
@@ -213,8 +225,8 @@ def train_ppo(run):
 
 
 def read_ppo_prompts(run, tokenizer):
-    """`Prompt`s as the actor reads them, the stage's system prompt in front. The score function gets the messages
-    without it, since the reward model was trained on dialogues that had none."""
+    """`Prompt`s as the actor reads them, the stage's system prompt in front. The score function gets the
+    messages without it, since the reward model was trained on dialogues that had none."""
     options = run.options
     system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
     texts = run.read_rows(read_prompts, "prompts")
@@ -235,7 +247,8 @@ def read_ppo_prompts(run, tokenizer):
 
 
 def make_roles(run):
-    """Actor, reference and critic: three copies of the base, or with --lora-rank twins over one frozen copy."""
+    """Actor, reference and critic: three copies of the base, or with --lora-rank twins over one frozen
+    copy."""
     options = run.options
 
     def base():
@@ -283,8 +296,8 @@ def make_fine(run):
 # ---------------------------------------------------------------- the stages in their order
 
 # fmt: off
-WORK = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo, "coarse": train_ppo,
-        "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
+WORK = {"pretrain": pretrain, "reward": train_reward, "sft": train_sft, "plus": train_ppo,
+        "coarse": train_ppo, "fine": make_fine, "eval": evaluate_models, "report": report, "chat": chat}
 # fmt: on
 
 
@@ -322,8 +335,8 @@ def run_stages(arguments, stage, lock):
 
 
 def main(argv=None):
-    """Runs a command line. Returns its exit status: 0; 2 for a mistake in options or input; 1 for what went wrong on
-    the way; 130 and 143 after SIGINT and SIGTERM. Every error takes one line on stderr."""
+    """Runs a command line. Returns its exit status: 0; 2 for a mistake in options or input; 1 for what went
+    wrong on the way; 130 and 143 after SIGINT and SIGTERM. Every error takes one line on stderr."""
     arguments = vars(build_parser(Options, "c2f.py", __doc__, STATUSES).parse_args(argv))
     lock = Lock()
     try:

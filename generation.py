@@ -1,8 +1,7 @@
 """Decoding: the rolling cache of keys and values, sampling, and `generate`.
 
-Shapes: B batch, T tokens, S keys, G key/value heads, D head size, V vocabulary. Nothing here knows the network:
-`model.model(tokens, mask, cache)` gives hidden states, `model.lm_head` logits.
-"""
+Shapes: B batch, T tokens, S keys, G key/value heads, D head size, V vocabulary. Nothing here knows the
+network: `model.model(tokens, mask, cache)` gives hidden states, `model.lm_head` logits. """
 
 import copy
 import weakref
@@ -19,9 +18,9 @@ CHECK_EVERY = 8  # tokens between two looks at which responses have ended; each 
 
 
 def visible(query_columns, key_columns, key_mask, window):
-    """Which key each query sees: (B or 1, 1, T, S), True where it does. Columns (T,) and (S,) are places in the padded
-    row; key_mask (B, S), or None, says which of the keys are real tokens. A query always sees itself, so that the
-    softmax of a padding row is finite; nothing real ever looks at it.
+    """Which key each query sees: (B or 1, 1, T, S), True where it does. Columns (T,) and (S,) are places in
+    the padded row; key_mask (B, S), or None, says which of the keys are real tokens. A query always sees
+    itself, so that the softmax of a padding row is finite; nothing real ever looks at it.
 
     window 3, columns 0..4: column 4 sees 2 3 4, column 1 sees 0 1.
     """
@@ -37,13 +36,12 @@ def visible(query_columns, key_columns, key_mask, window):
 class Cache:
     """Keys and values of the columns so far, at most the window's: a rolling buffer.
 
-    Column c lies in slot c % size. With size 4, after 6 columns the slots hold columns 4 5 2 3; the next column, 6,
-    takes the slot of 2, which has just left the window. Rotated keys carry their positions, so the order of the slots
-    does not matter to attention.
+    Column c lies in slot c % size. With size 4, after 6 columns the slots hold columns 4 5 2 3; the next
+    column, 6, takes the slot of 2, which has just left the window. Rotated keys carry their positions, so the
+    order of the slots does not matter to attention.
 
-    A step of one token reads the whole buffer under `bias`, and touches nothing but tensors that stay where they are:
-    that is what a CUDA graph can replay.
-    """
+    A step of one token reads the whole buffer under `bias`, and touches nothing but tensors that stay where
+    they are: that is what a CUDA graph can replay. """
 
     def __init__(self, config, batch, columns, device, dtype):
         self.size = min(columns, config.sliding_window or columns)
@@ -51,7 +49,7 @@ class Cache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, self.size, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.bias = torch.zeros(batch, self.size, device=device, dtype=dtype)  # added to scores: 0 on a real token
+        self.bias = torch.zeros(batch, self.size, device=device, dtype=dtype)  # on scores; 0 on real tokens
         self.positions = torch.zeros(batch, dtype=torch.long, device=device)  # real tokens so far
         self.column = torch.zeros(1, dtype=torch.long, device=device)  # columns so far, on the device
         self.reset()
@@ -92,7 +90,7 @@ class Cache:
         columns = torch.arange(self.columns, self.columns + T, device=device)
         slots = torch.arange(self.earlier, device=device)
         newest = self.columns - 1
-        held_columns = newest - (newest - slots) % self.size  # slot s holds the newest column that is s modulo size
+        held_columns = newest - (newest - slots) % self.size  # slot s: the newest that is s modulo size
         real = torch.cat((self.bias[:n, : self.earlier] == 0, mask), 1)
         attention_mask = visible(columns, torch.cat((held_columns, columns)), real, self.window)
         self.slots = columns[-self.size :] % self.size
@@ -111,7 +109,7 @@ class Cache:
             keys.index_copy_(2, self.slots, k)
             values.index_copy_(2, self.slots, v)
             return keys, values
-        all_keys = torch.cat((keys[:, :, : self.earlier], k), 2)  # before the new ones take the place of old ones
+        all_keys = torch.cat((keys[:, :, : self.earlier], k), 2)  # before new ones replace old ones
         all_values = torch.cat((values[:, :, : self.earlier], v), 2)
         keys[:, :, self.slots] = k[:, :, -self.size :]
         values[:, :, self.slots] = v[:, :, -self.size :]
@@ -127,8 +125,8 @@ class Cache:
         self.positions[:n] = self.positions[rows]
 
     def copied(self, rows, room=0):
-        """A cache of its own, whose sequence i has what sequence rows[i] of this one has, in any order and as often as
-        you like. `room`: slots to add, for a cache that has not wrapped yet."""
+        """A cache of its own, whose sequence i has what sequence rows[i] of this one has, in any order and as
+        often as you like. `room`: slots to add, for a cache that has not wrapped yet."""
         other = copy.copy(self)
         other.size = self.size + room
         other.rows = len(rows)
@@ -141,7 +139,8 @@ class Cache:
 
 
 def pad_right(rows, device="cpu", value=0):
-    """Lists of any lengths -> a tensor (B, T) with `value` on the right, and mask (B, T), True on what was there."""
+    """Lists of any lengths -> a tensor (B, T) with `value` on the right, and mask (B, T), True on what was
+    there."""
     T = max(map(len, rows))
     padded = [list(row) + [value] * (T - len(row)) for row in rows]
     mask = [[True] * len(row) + [False] * (T - len(row)) for row in rows]
@@ -177,8 +176,8 @@ class Sampling:
 
 
 def shape_logits(logits, temperature, forbid=()):
-    """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old, new and
-    reference logprobs share (PPO_DETAILS 8, 11, 26)."""
+    """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old, new
+    and reference logprobs share (PPO_DETAILS 8, 11, 26)."""
     logits = logits.float()
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -188,9 +187,10 @@ def shape_logits(logits, temperature, forbid=()):
 
 
 def sample(logits, temperature, top_p, generator):
-    """(ids, logprobs) of one id a row from logits (B, V). At temperature 0 the likeliest id; else the first whose
-    cumulative probability reaches a uniform number of (0, 1], which an id of probability 0 is not. Nothing here waits
-    for the device. The logprobs are those of the full distribution, whatever top_p leaves of it."""
+    """(ids, logprobs) of one id a row from logits (B, V). At temperature 0 the likeliest id; else the first
+    whose cumulative probability reaches a uniform number of (0, 1], which an id of probability 0 is not.
+    Nothing here waits for the device. The logprobs are those of the full distribution, whatever top_p leaves
+    of it."""
     probs = logits.softmax(-1)
     if temperature == 0:
         ids = logits.argmax(-1, keepdim=True)
@@ -203,7 +203,8 @@ def sample(logits, temperature, top_p, generator):
 
 
 def keep_top(probs, top_p):
-    """Probabilities (B, V) with 0 for the ids outside the nucleus: the likeliest ids that together have `top_p`."""
+    """Probabilities (B, V) with 0 for the ids outside the nucleus: the likeliest ids that together have
+    `top_p`."""
     ordered, order = probs.sort(-1, descending=True)
     outside = ordered.cumsum(-1) - ordered >= top_p
     outside[..., 0] = False  # the likeliest id always stays
@@ -211,16 +212,16 @@ def keep_top(probs, top_p):
 
 
 class Decoder:
-    """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded as a CUDA
-    graph for each number of rows, and replayed. The buffers are kept for the model's next call, and have room for a
-    multiple of 256 columns, so that a moving length limit seldom asks for new ones."""
+    """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded
+    as a CUDA graph for each number of rows, and replayed. The buffers are kept for the model's next call, and
+    have room for a multiple of 256 columns, so that a moving length limit seldom asks for new ones."""
 
     BY_MODEL = weakref.WeakKeyDictionary()  # model -> its decoder on a GPU, which dies with the model
 
     def __init__(self, model, batch, columns):
         self.device = model.device
         self.dtype = model.lm_head.weight.dtype
-        self.graphed = self.device.type == "cuda" and WORLD == 1  # weights in parts move, which a graph cannot follow
+        self.graphed = self.device.type == "cuda" and WORLD == 1  # a graph cannot follow weights in parts
         columns = -(-columns // 256) * 256 if self.graphed else columns
         self.shape = (batch, columns)
         self.cache = Cache(model.config, batch, columns, self.device, self.dtype)
@@ -268,7 +269,7 @@ class Decoder:
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._forward(model)  # libraries set themselves up at their first call, which must not be recorded
+            self._forward(model)  # a library sets itself up at its first call; that must not be recorded
         torch.cuda.current_stream(self.device).wait_stream(stream)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
@@ -278,8 +279,8 @@ class Decoder:
         return graph, logits
 
     def shrink(self, ended):
-        """Lets sequences that have ended (rows,) leave the batch, where that is worth a copy of the cache. Returns the
-        indices of those that stay, or None for all."""
+        """Lets sequences that have ended (rows,) leave the batch, where that is worth a copy of the cache.
+        Returns the indices of those that stay, or None for all."""
         n = len(ended)
         size = int((~ended).sum())
         if self.graphed:
@@ -296,17 +297,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
              forbid=(), stop=None):  # fmt: skip
     """Continues each prompt by up to `max_new_tokens` tokens.
 
-    prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id, several, or
-    None to run to the limit), or where `stop(ids)` is first true of its new ids. `forbid`: ids never sampled.
-    seed: makes it repeatable; None draws from torch's global state.
-    Returns the new ids of each row, the ending one included.
-    """
-    return sample_responses(model, prompts, max_new_tokens, Sampling(temperature, top_p, eos_id, forbid, stop), seed)[0]
+    prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
+    several, or None to run to the limit), or where `stop(ids)` is first true of its new ids. `forbid`: ids
+    never sampled. seed: makes it repeatable; None draws from torch's global state. Returns the new ids of
+    each row, the ending one included. """
+    sampling = Sampling(temperature, top_p, eos_id, forbid, stop)
+    return sample_responses(model, prompts, max_new_tokens, sampling, seed)[0]
 
 
 @torch.no_grad()
 def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
-    """(ids, logprobs): two lists with a list for each prompt, the new ids and the logprobs they were drawn with."""
+    """(ids, logprobs): two lists with a list for each prompt, the new ids and the logprobs they were drawn
+    with."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise InputError("generate: every prompt needs at least one token")
     device = model.device
@@ -340,7 +342,8 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
 
 
 def mark_ends(tokens, first, ended, lengths, sampling):
-    """Marks in `ended` and `lengths` (B,) which responses end in the columns of tokens (B, t) from `first` on."""
+    """Marks in `ended` and `lengths` (B,) which responses end in the columns of tokens (B, t) from `first`
+    on."""
     eos_ids = torch.as_tensor(sampling.eos_ids, device=tokens.device)
     hits = torch.isin(tokens[:, first:], eos_ids) & ~ended[:, None]
     hit_rows = hits.any(1)

@@ -2,10 +2,10 @@
 
     l(t) = f_CM(R_t, V_phi)      Continuous Maximization (Mistral-C2F, 2406.08657)
 
-R_t is the step's mean score, V_phi the critic's loss. The limit grows where a logistic regression over recent rewards and value losses says that training is stable at this
-length, and holds elsewhere. The paper names the inputs and the form, not the function: the features are ours. Beside it
-stand the baselines that the paper argues against, a limit that grows by the clock and one that stays.
-"""
+R_t is the step's mean score, V_phi the critic's loss. The limit grows where a logistic regression over recent
+rewards and value losses says that training is stable at this length, and holds elsewhere. The paper names the
+inputs and the form, not the function: the features are ours. Beside it stand the baselines that the paper
+argues against, a limit that grows by the clock and one that stays. """
 
 import math
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ BIAS = 3.0
 class LimitOptions:
     TITLE = "the length limit of plus and coarse"
 
-    length_limit: int = option(256, "tokens of a response at most; where the limit grows, the first one", least=1)
+    length_limit: int = option(256, "tokens of a response at most; where it grows, the first limit", least=1)
     limit_growth: str = option(
-        "fixed", "cm: Continuous Maximization; stepped: --limit-step tokens every --limit-every steps; fixed: none",
+        "fixed", "cm: Continuous Maximization; stepped: --limit-step tokens every --limit-every steps; fixed",
         choices=("cm", "stepped", "fixed"),
     )  # fmt: skip
     limit_maximum: int = option(1024, "tokens that the limit may grow to", least=1)
@@ -77,18 +77,19 @@ class SteppedLimit(Stateful):
 class ContinuousMaximization(Stateful):
     """f_CM: whether training is stable at this limit, and so what the next limit is.
 
-    x holds three features of the last `window` rewards and three of the last `window` value losses. Their unit is a fixed
-    deviation (`reward_scale`, `value_scale`), not the mean, since a centred reward has a mean near 0:
+    x holds three features of the last `window` rewards and three of the last `window` value losses. Their
+    unit is a fixed deviation (`reward_scale`, `value_scale`), not the mean, since a centred reward has a mean
+    near 0:
       trend    |change of the least-squares line over the window|: still learning, or falling
       spread   deviation of the values from that line: noise, slow swings
       change   mean |difference of neighbours|: oscillation (1.13 spreads for white noise, 2 for +-)
-    p_extend = sigmoid(w.x + b). Above `threshold` the limit is multiplied by `factor` (at least one token is added), up
-    to `maximum`, and the window starts anew, so that the new limit is judged by its own values. Otherwise the limit
-    holds. It also holds while the window is not full or has a value that is not finite. It never shrinks.
+    p_extend = sigmoid(w.x + b). Above `threshold` the limit is multiplied by `factor` (at least one token is
+    added), up to `maximum`, and the window starts anew, so that the new limit is judged by its own values.
+    Otherwise the limit holds. It also holds while the window is not full or has a value that is not finite.
+    It never shrinks.
 
-    With the default weights a calm pair of series (spread 0.1) gives p = 0.9; rewards that alternate by half a
-    deviation around their mean give p = 0.3. Pure: floats in, an int out.
-    """
+    With the default weights a calm pair of series (spread 0.1) gives p = 0.9; rewards that alternate by half
+    a deviation around their mean give p = 0.3. Pure: floats in, an int out. """
 
     initial: int = 64
     maximum: int = 1024
@@ -112,13 +113,15 @@ class ContinuousMaximization(Stateful):
         self.holds = 0
 
     def update(self, reward: float, value_loss: float) -> int:
-        """Takes the mean score and the critic's loss of an update; returns the limit of the next one in tokens."""
+        """Takes the mean score and the critic's loss of an update; returns the limit of the next one in
+        tokens."""
         self.rewards = [*self.rewards, float(reward)][-self.window :]
         self.value_losses = [*self.value_losses, float(value_loss)][-self.window :]
         self.p_extend = 0.0
         if len(self.rewards) < self.window:
             return self.limit
-        self.features = describe(self.rewards, self.reward_scale) + describe(self.value_losses, self.value_scale)
+        self.features = describe(self.rewards, self.reward_scale)
+        self.features += describe(self.value_losses, self.value_scale)
         if all(map(math.isfinite, self.features)):
             logit = self.bias + sum(w * x for w, x in zip(self.weights, self.features))
             self.p_extend = 1 / (1 + math.exp(-max(logit, -60.0)))
@@ -152,14 +155,16 @@ def make_limit(options):
     if options.limit_growth == "stepped":
         first = min(options.length_limit, options.limit_maximum)
         return SteppedLimit(first, options.limit_maximum, options.limit_step, options.limit_every)
+    # Scores have deviation 1, so a batch mean has 1 / sqrt(batch): twice that is noise. Most tokens are easy to
+    # value, so a mean loss of 0.1 is already large.
     return ContinuousMaximization(
         initial=options.length_limit,
         maximum=options.limit_maximum,
         factor=options.limit_factor,
         window=options.limit_window,
         threshold=options.limit_threshold,
-        reward_scale=2 / options.batch**0.5,  # scores have deviation 1, so a batch mean has 1 / sqrt(batch); twice that is noise
-        value_scale=0.1,  # most tokens are easy to value, so that a mean loss of 0.1 is already large
+        reward_scale=2 / options.batch**0.5,
+        value_scale=0.1,
         weights=options.limit_weights,
         bias=options.limit_bias,
     )

@@ -2,10 +2,9 @@
 
     theta_fine = gamma * theta_coarse + (1 - gamma) * theta_SFT
 
-in fp32 with one rounding to the stored dtype, as written and not as a lerp, so that gamma 1 and 0 give the parents back
-bit for bit. Tensor by tensor from the two folders: never two whole models in memory. Parents that were trained as
-adapters are read as base + adapter, before any rounding.
-"""
+in fp32 with one rounding to the stored dtype, as written and not as a lerp, so that gamma 1 and 0 give the
+parents back bit for bit. Tensor by tensor from the two folders: never two whole models in memory. Parents
+that were trained as adapters are read as base + adapter, before any rounding. """
 
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from support.files import InputError
 from support.options import option
 from weights import open_parents, save_folder
 
-TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "added_tokens.json", "*.jinja")
 
 
 @dataclass
@@ -46,8 +45,8 @@ def merged(coarse, sft, gamma):
 
 
 def merge_checkpoints(coarse, sft, out, gamma):
-    """Writes the merge of the folders (or hub ids) `coarse` and `sft` to `out`, tokenizer files beside it. InputError
-    where the two do not fit together or gamma is outside [0, 1]."""
+    """Writes the merge of the folders (or hub ids) `coarse` and `sft` to `out`, tokenizer files beside it.
+    InputError where the two do not fit together or gamma is outside [0, 1]."""
     check_gamma(gamma)
     coarse, sft = open_parents(coarse, sft)
     files = {}
@@ -58,7 +57,7 @@ def merge_checkpoints(coarse, sft, out, gamma):
 
 
 def sweep(coarse, sft, gammas, evaluate):
-    """{gamma: evaluate(gamma, tensors)}, where tensors yields the merge's (name, tensor). Nothing is written, and one
-    model in memory can be filled with one gamma after the other."""
+    """{gamma: evaluate(gamma, tensors)}, where tensors yields the merge's (name, tensor). Nothing is written,
+    and one model in memory can be filled with one gamma after the other."""
     coarse, sft = open_parents(coarse, sft)
     return {gamma: evaluate(gamma, merged(coarse, sft, gamma)) for gamma in gammas}

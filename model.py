@@ -4,15 +4,14 @@
     out = h + Wdown (silu(Wgate norm(h)) * Wup norm(h))                         SwiGLU
     logits = Whead norm(out)                                                    tied to the embedding or not
 
-(Mistral 7B, arXiv 2310.06825; RoPE 2104.09864; GQA 2305.13245; LoRA 2106.09685.) A `llama` config is the same network
-without a window. Module names are Hugging Face's, so that a checkpoint's names need no translation.
+(Mistral 7B, arXiv 2310.06825; RoPE 2104.09864; GQA 2305.13245; LoRA 2106.09685.) A `llama` config is the same
+network without a window. Module names are Hugging Face's, so that a checkpoint's names need no translation.
 
 Shapes: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C hidden size, V vocabulary.
 
-Rows of different lengths are padded, and padding is a mask, never an id: `mask` (B, T) is True on real tokens, which
-stand without a gap in their row. A token's position counts the real tokens before it, so that padding on the left
-shifts nothing.
-"""
+Rows of different lengths are padded, and padding is a mask, never an id: `mask` (B, T) is True on real
+tokens, which stand without a gap in their row. A token's position counts the real tokens before it, so that
+padding on the left shifts nothing. """
 
 import copy
 import math
@@ -60,11 +59,12 @@ class Config:
         return cls(**{name: values[name] for name in names if values.get(name) is not None})
 
     def to_dict(self, architecture):
-        """The entries of a config.json that transformers opens; `architecture` is the class's name without its
-        family: ForCausalLM."""
+        """The entries of a config.json that transformers opens; `architecture` is the class's name without
+        its family: ForCausalLM."""
         family = {"mistral": "Mistral", "llama": "Llama"}[self.model_type]
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
         fixed = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-        return {"architectures": [family + architecture]} | {f.name: getattr(self, f.name) for f in fields(self)} | fixed
+        return {"architectures": [family + architecture]} | own | fixed
 
 
 # ---------------------------------------------------------------- layers
@@ -84,12 +84,13 @@ class RMSNorm(nn.Module):
 
 class Embedding(nn.Embedding):
     def reset_parameters(self):
-        """A file or `initialize` brings the values. Random ones on the meta device would take a second to set up."""
+        """A file or `initialize` brings the values. Random ones on the meta device would take a second to set
+        up."""
 
 
 class Linear(nn.Linear):
-    """W x, and with an adapter W x + scale B A x. The adapter is fp32, whatever W is: it is trained in place, and a
-    small step would be lost in bf16."""
+    """W x, and with an adapter W x + scale B A x. The adapter is fp32, whatever W is: it is trained in place,
+    and a small step would be lost in bf16."""
 
     def __init__(self, inputs, outputs):
         super().__init__(inputs, outputs, bias=False)
@@ -97,8 +98,8 @@ class Linear(nn.Linear):
         self.scale = 0.0
 
     def adapt(self, rank, alpha, generator):
-        """Gives the layer A (rank, inputs), random, and B (outputs, rank), zero, so that its output is unchanged at
-        first."""
+        """Gives the layer A (rank, inputs), random, and B (outputs, rank), zero, so that its output is
+        unchanged at first."""
         outputs, inputs = self.weight.shape
         self.A = nn.Parameter(torch.empty(rank, inputs, device=self.weight.device))
         self.B = nn.Parameter(torch.zeros(outputs, rank, device=self.weight.device))
@@ -122,8 +123,8 @@ class Linear(nn.Linear):
 
 
 def rotary(positions, head_dim, theta):
-    """cos and sin (B, 1, T, D/2), fp32, of the angle at positions (B, T) of each pair of dimensions (i, i + D/2), which
-    turns by theta^(-2i/D) radians a position."""
+    """cos and sin (B, 1, T, D/2), fp32, of the angle at positions (B, T) of each pair of dimensions (i, i +
+    D/2), which turns by theta^(-2i/D) radians a position."""
     pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = 1.0 / theta ** (pairs / head_dim)  # (D/2,)
     angle = positions[:, None, :, None].float() * frequencies  # (B, 1, T, D/2)
@@ -131,7 +132,8 @@ def rotary(positions, head_dim, theta):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (a, b) = (i, i + D/2) of x (B, H, T, D) by their angles: (a cos - b sin, b cos + a sin)."""
+    """Turns the pairs (a, b) = (i, i + D/2) of x (B, H, T, D) by their angles: (a cos - b sin, b cos + a
+    sin)."""
     a, b = x.float().chunk(2, -1)  # (B, H, T, D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -150,16 +152,16 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
     def forward(self, x, cos, sin, mask, cache=None):
-        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal within the window. With a
-        cache the queries also see the keys of earlier calls."""
+        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal within the window.
+        With a cache the queries also see the keys of earlier calls."""
         B, T, _ = x.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
-        qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D)  # queries and keys turn alike
+        qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D)  # they turn alike
         q, k = rotate(qk.transpose(1, 2), cos, sin).split((H, G), 1)  # (B, H, T, D), (B, G, T, D)
         v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, G, S, D)
-        if T == 1:  # the query heads of a group see the same keys: as rows of one head they share them without a copy
+        if T == 1:  # the query heads of a group see the same keys: as rows of one head they share them
             y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, mask).reshape(B, H, 1, D)
         elif mask is None and self.window is not None and T > self.window:
             y = banded_attention(q, k, v, self.window)
@@ -169,8 +171,8 @@ class Attention(nn.Module):
 
 
 def banded_attention(q, k, v, window):
-    """Causal attention within a window shorter than T, in blocks of `window` queries beside the keys of their own and
-    the block before: T * 2 window scores instead of T * T."""
+    """Causal attention within a window shorter than T, in blocks of `window` queries beside the keys of their
+    own and the block before: T * 2 window scores instead of T * T."""
     T = q.shape[2]
     columns = torch.arange(T, device=q.device)
     blocks = []
@@ -223,8 +225,8 @@ class Trunk(nn.Module):
         self.checkpointing = False  # compute each layer again in backward instead of storing its activations
 
     def forward(self, tokens, mask=None, cache=None):
-        """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask there is no padding, or only on the
-        right, which no real token attends to."""
+        """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask there is no padding, or only
+        on the right, which no real token attends to."""
         config = self.config
         if cache is not None:
             positions, attention_mask = cache.advance(tokens, mask)
@@ -249,8 +251,9 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """What the language model and the scalar model share: a trunk `model`, and folders in and out. A model that is
-    made from a config alone has no values; `from_pretrained`, `from_base` or `initialize` give it some."""
+    """What the language model and the scalar model share: a trunk `model`, and folders in and out. A model
+    that is made from a config alone has no values; `from_pretrained`, `from_base` or `initialize` give it
+    some."""
 
     source = None  # the folder that the weights came from
 
@@ -265,13 +268,14 @@ class Model(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path_or_id, device="cpu", dtype=torch.float32):
-        """Reads a folder in Hugging Face's or Mistral's own form, or a hub id. InputError where it is no model we
-        know."""
+        """Reads a folder in Hugging Face's or Mistral's own form, or a hub id. InputError where it is no
+        model we know."""
         return load(cls, path_or_id, device, dtype)
 
     def save_pretrained(self, folder, files=()):
-        """Writes Hugging Face form, with `files` (the tokenizer's) beside. Adapters are folded into the weights, and
-        saved beside them by themselves: in bf16 the folded weights lose a part of what was learnt."""
+        """Writes Hugging Face form, with `files` (the tokenizer's) beside. Adapters are folded into the
+        weights, and saved beside them by themselves: in bf16 the folded weights lose a part of what was
+        learnt."""
         dtype = str(self.model.norm.weight.dtype).removeprefix("torch.")
         config = self.config.to_dict(self.architecture) | {"dtype": dtype} | self.config_entries
         layers = {name: m for name, m in self.named_modules() if isinstance(m, Linear) and m.A is not None}
@@ -300,8 +304,8 @@ class Mistral(Model):
 
 
 class ScalarModel(Model):
-    """The trunk with one number a token: the critic, and what the reward model is made of. In files the head is
-    `score.weight`, as in transformers' MistralForSequenceClassification."""
+    """The trunk with one number a token: the critic, and what the reward model is made of. In files the head
+    is `score.weight`, as in transformers' MistralForSequenceClassification."""
 
     architecture = "ForSequenceClassification"
     config_entries = {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
@@ -329,8 +333,9 @@ class ScalarModel(Model):
 
 
 def adapted(model, rank, alpha, generator=None):
-    """A twin of `model` with low-rank adapters of its own on every linear layer of the trunk. The twin has the very
-    same weights, now frozen, not a copy: policy, reference, critic and reward model stand on one base in memory."""
+    """A twin of `model` with low-rank adapters of its own on every linear layer of the trunk. The twin has
+    the very same weights, now frozen, not a copy: policy, reference, critic and reward model stand on one
+    base in memory."""
     model.requires_grad_(False)
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for layer in twin.model.modules():
@@ -340,9 +345,9 @@ def adapted(model, rank, alpha, generator=None):
 
 
 def initialize(model, generator):
-    """Normal weights of deviation 1/sqrt(inputs), which keeps a small model's attention away from uniform (0.02 suits a
-    width of thousands). Those that write into the residual stream are divided by sqrt(2 layers) (GPT-2); the embedding
-    has deviation 0.5; norms stay at one."""
+    """Normal weights of deviation 1/sqrt(inputs), which keeps a small model's attention away from uniform
+    (0.02 suits a width of thousands). Those that write into the residual stream are divided by sqrt(2 layers)
+    (GPT-2); the embedding has deviation 0.5; norms stay at one."""
     for name, p in model.named_parameters():
         if p.dim() < 2:
             continue
@@ -359,8 +364,9 @@ def initialize(model, generator):
 
 
 def load(cls, path_or_id, device, dtype, optional=()):
-    """A `cls` (Mistral or a ScalarModel) from a folder: built without memory, then filled tensor by tensor on its
-    device. The files may lack the tensors named in `optional`; their values are then the caller's to set."""
+    """A `cls` (Mistral or a ScalarModel) from a folder: built without memory, then filled tensor by tensor on
+    its device. The files may lack the tensors named in `optional`; their values are then the caller's to
+    set."""
     weights = Weights(locate(path_or_id))
     with torch.device("meta"):
         model = cls(Config.from_dict(weights.config))

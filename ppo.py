@@ -1,18 +1,18 @@
-"""PPO from preferences (Mistral-Plus), under a length limit that may grow while it trains (Mistral-C2F, `length.py`).
+"""PPO from preferences (Mistral-Plus), under a length limit that may grow while it trains (Mistral-C2F,
+`length.py`).
 
     r_t  = -beta (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t = last] score         compute_rewards
     A_t  = sum_k (gamma lambda)^k (r_t+k + gamma V_t+k+1 - V_t+k),  R_t = A_t + V_t   compute_gae (1506.02438)
     L_pi = -min(rho A, clip(rho, 1-eps, 1+eps) A),  rho = exp(logp - old logp)         policy_loss (1707.06347)
     L_V  = 1/2 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)                           value_loss
 
-`PPOTrainer.step` is one step, its parts numbered. Advantages are whitened, and losses are means over all real tokens of
-a minibatch. Scores come from any callable. The length limit ends the episode, and nothing is bootstrapped past it,
-because the score already judges the cut response (PPO_DETAILS 6).
+`PPOTrainer.step` is one step, its parts numbered. Advantages are whitened, and losses are means over all real
+tokens of a minibatch. Scores come from any callable. The length limit ends the episode, and nothing is
+bootstrapped past it, because the score already judges the cut response (PPO_DETAILS 6).
 
-Shapes: B responses, P prompt columns, R response columns, C hidden size. A step's tensors over response tokens are
-(B, R) beside `response_mask`, which is True on real tokens, the ending EOS included. Where several processes share a
-step, `total` sums over them; for one process it is the identity.
-"""
+Shapes: B responses, P prompt columns, R response columns, C hidden size. A step's tensors over response
+tokens are (B, R) beside `response_mask`, which is True on real tokens, the ending EOS included. Where several
+processes share a step, `total` sums over them; for one process it is the identity. """
 
 import math
 import time
@@ -40,23 +40,23 @@ class PPOOptions(TrainingOptions):
     batch: int = option(64, "prompts, and so responses, a PPO step", least=1)
     epochs: int = option(1, "passes over each batch", least=1)
     minibatches: int = option(4, "optimizer steps an epoch", least=1)
-    microbatch: int = option(64, "rows at once; a smaller number takes less memory for the same result", least=1)
+    microbatch: int = option(64, "rows at once; fewer take less memory for the same result", least=1)
     lr: float = option(3e-4, "learning rate of the actor", least=0)
     critic_lr: float = option(5e-4, "learning rate of the critic", least=0)
     kl_coefficient: float = option(
         0.1, "beta, the price of a nat of KL from the reference, in deviations of the score", least=0
     )
-    kl_target: float = option(0.0, "adapt beta until the KL of a response is this many nats; 0 keeps beta", least=0)
+    kl_target: float = option(0.0, "nats of KL a response that beta is adapted to; 0 keeps beta", least=0)
     kl_stop: float = option(
-        0.0, "end an update after a minibatch whose approx_kl, in nats a token, is above this; 0: never", least=0
+        0.0, "end an update after a minibatch with approx_kl (nats a token) above this; 0: never", least=0
     )
     clip: float = option(0.2, "PPO's clip range of the ratio", least=0)
     value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
     discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
     gae_lambda: float = option(0.95, "lambda of GAE", least=0, most=1)
     temperature: float = option(1.0, "temperature of sampling and of all logprobs", least=0.01)
-    concise: float = option(0.0, "length penalty, in deviations of the score, of a response as long as the limit", least=0)
-    truncation_penalty: float = option(0.0, "penalty, in deviations of the score, of a response that the limit cut", least=0)
+    concise: float = option(0.0, "deviations of score taken off a response as long as the limit", least=0)
+    truncation_penalty: float = option(0.0, "deviations of score taken off a cut response", least=0)
 
     def check(self):
         if self.minibatches > self.batch:
@@ -85,15 +85,15 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """A batch of responses, or some rows of one. A row holds the prompt with padding on its left and the response with
-    padding on its right: column P is the first token of each response."""
+    """A batch of responses, or some rows of one. A row holds the prompt with padding on its left and the
+    response with padding on its right: column P is the first token of each response."""
 
     tokens: torch.Tensor  # (B, P+R)
     mask: torch.Tensor  # (B, P+R), True on real tokens of prompt and response
     response_mask: torch.Tensor  # (B, R), the ending EOS counts, padding does not
     truncated: torch.Tensor  # (B,), the limit ended the response
-    sampled: torch.Tensor  # (B, R), logprobs by the sampler, which differ from `logprobs` in bf16 (PPO_DETAILS 10)
-    logprobs: torch.Tensor | None = None  # (B, R) under the actor before the update, by the forward that trains
+    sampled: torch.Tensor  # (B, R), logprobs by the sampler, not quite `logprobs` in bf16 (PPO_DETAILS 10)
+    logprobs: torch.Tensor | None = None  # (B, R) under the actor before the update
     values: torch.Tensor | None = None  # (B, R) under the critic before the update
     advantages: torch.Tensor | None = None  # (B, R), whitened
     returns: torch.Tensor | None = None  # (B, R)
@@ -130,9 +130,8 @@ class Rollout:
 def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
     """A response to each prompt (id lists), never greedy, from the full distribution but `sampling.forbid`.
 
-    With `sampling.eos_id` None every response runs to the limit; put EOS in `forbid` then, or it is sampled as an
-    ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout.
-    """
+    With `sampling.eos_id` None every response runs to the limit; put EOS in `forbid` then, or it is sampled
+    as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout. """
     with gathered(actor):
         responses, sampled = sample_responses(actor, prompts, max_new_tokens, sampling, seed)
     prompt_tokens, prompt_mask = pad_left(prompts, actor.device)
@@ -151,8 +150,8 @@ def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
 
 
 def response_hidden(trunk, batch):
-    """Hidden states (N, C) that the N real response tokens were chosen in: position i predicts token i + 1, the slice
-    [P-1:-1]. Rows are read flush left, so that attention needs no mask."""
+    """Hidden states (N, C) that the N real response tokens were chosen in: position i predicts token i + 1,
+    the slice [P-1:-1]. Rows are read flush left, so that attention needs no mask."""
     B, T = batch.tokens.shape
     start = batch.mask.int().argmax(1)  # (B,), the first real column
     columns = torch.arange(T, device=batch.tokens.device) + start[:, None]
@@ -179,7 +178,8 @@ def response_logprobs(model, batch, temperature=1.0, forbid=()):
 
 
 def response_values(critic, batch):
-    """Values (B, R), fp32, of the states that the response tokens were chosen in: the same slice as the logprobs."""
+    """Values (B, R), fp32, of the states that the response tokens were chosen in: the same slice as the
+    logprobs."""
     hidden = response_hidden(critic.model, batch)
     return place(critic.head(hidden)[:, 0].float(), batch.response_mask)
 
@@ -188,15 +188,15 @@ def response_values(critic, batch):
 
 
 def shape_scores(scores, lengths, truncated, limit, options):
-    """Scores (B,) less the length term of Mistral-Plus, `concise` * length / limit, and a penalty where the limit cut
-    the response. The paper rewards shorter responses without saying how; this is our form."""
+    """Scores (B,) less the length term of Mistral-Plus, `concise` * length / limit, and a penalty where the
+    limit cut the response. The paper rewards shorter responses without saying how; this is our form."""
     return scores - options.concise * lengths / limit - options.truncation_penalty * truncated
 
 
 def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
-    """Rewards (B, R): -beta * k1 on every real token, the score on the last one. And k1 (B, R) itself, the estimate
-    logp - ref logp: positive where the policy likes its token more than the reference does. Its sum over a sampled
-    response estimates KL(pi || ref) in nats, and can be negative for one response."""
+    """Rewards (B, R): -beta * k1 on every real token, the score on the last one. And k1 (B, R) itself, the
+    estimate logp - ref logp: positive where the policy likes its token more than the reference does. Its sum
+    over a sampled response estimates KL(pi || ref) in nats, and can be negative for one response."""
     kl = (logprobs - ref_logprobs) * mask
     rewards = -kl_coefficient * kl
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).amax(1)  # (B,)
@@ -207,10 +207,9 @@ def compute_rewards(scores, logprobs, ref_logprobs, mask, kl_coefficient):
 def compute_gae(rewards, values, mask, gamma, lam):
     """Generalized advantage estimation over the True places of mask, all (B, R), which stand without a gap.
 
-    The value after the last real token is 0: the episode has ended. Returns (advantages, returns), neither whitened, 0
-    outside the mask, in the dtype given.
-    Example: rewards 0 0 1, values .5 .5 .5, gamma = lam = 1: advantages .5 .5 .5, returns 1 1 1.
-    """
+    The value after the last real token is 0: the episode has ended. Returns (advantages, returns), neither
+    whitened, 0 outside the mask, in the dtype given. Example: rewards 0 0 1, values .5 .5 .5, gamma = lam =
+    1: advantages .5 .5 .5, returns 1 1 1. """
     mask = mask.bool()
     rewards = rewards.where(mask, 0.0)
     values = values.where(mask, 0.0)
@@ -228,7 +227,8 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip):
-    """Clipped surrogate: (loss summed over real tokens, ratio (B, R), number of real tokens where it clips)."""
+    """Clipped surrogate: (loss summed over real tokens, ratio (B, R), number of real tokens where it
+    clips)."""
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
@@ -262,7 +262,8 @@ class KLController(Stateful):
 
 @dataclass
 class Roles:
-    """Three models with one vocabulary: `actor` and `reference` are language models, `critic` is a scalar model."""
+    """Three models with one vocabulary: `actor` and `reference` are language models, `critic` is a scalar
+    model."""
 
     actor: torch.nn.Module
     reference: torch.nn.Module
@@ -282,11 +283,11 @@ class Sample:
 class PPOTrainer(Trainer):
     """PPO on a list of `Prompt`s: `begin()`, and then `step()` as often as `options.steps` says.
 
-    score(dialogues, responses) -> (B,), where a response is an id list. `limiter` is one of the controllers of
-    length.py. `sampling` with eos_id None and forbid=(EOS,) is the coarse stage: no ending, anywhere.
-    """
+    score(dialogues, responses) -> (B,), where a response is an id list. `limiter` is one of the controllers
+    of length.py. `sampling` with eos_id None and forbid=(EOS,) is the coarse stage: no ending, anywhere. """
 
-    CHANGES = (*Trainer.CHANGES, "actor_optimizer", "critic_optimizer", "limiter", "beta", "score_mean", "score_scale")
+    CHANGES = (*Trainer.CHANGES, "actor_optimizer", "critic_optimizer", "limiter", "beta")
+    CHANGES += ("score_mean", "score_scale")
 
     def __init__(self, roles, prompts, score, limiter, sampling, options):
         super().__init__(prompts, options.seed)
@@ -301,16 +302,17 @@ class PPOTrainer(Trainer):
         self.score_mean = 0.0
         self.score_scale = 1.0
         updates = options.steps * options.epochs * options.minibatches
-        self.actor_optimizer = Optimizer(self.actor, options.lr, updates, options.max_grad_norm, eps=1e-5)
-        self.critic_optimizer = Optimizer(self.critic, options.critic_lr, updates, options.max_grad_norm, eps=1e-5)
+        max_norm = options.max_grad_norm
+        self.actor_optimizer = Optimizer(self.actor, options.lr, updates, max_norm, eps=1e-5)
+        self.critic_optimizer = Optimizer(self.critic, options.critic_lr, updates, max_norm, eps=1e-5)
 
     def id_lists(self):
         return [prompt.ids for prompt in self.data]
 
     def begin(self):
-        """Measures the mean and deviation of the score over reference responses, before any update, while the actor is
-        still the reference. All later scores are standardized with them (PPO_DETAILS 17), so that the KL's coefficient
-        and the limit's scale mean the same under any score function."""
+        """Measures the mean and deviation of the score over reference responses, before any update, while the
+        actor is still the reference. All later scores are standardized with them (PPO_DETAILS 17), so that
+        the KL's coefficient and the limit's scale mean the same under any score function."""
         parts = []
         for _ in range(math.ceil(64 / self.options.batch)):
             prompts, batch = self.sample()
@@ -326,7 +328,8 @@ class PPOTrainer(Trainer):
         self.score_scale = variance**0.5 if varies else 1.0
 
     def sample(self):
-        """(prompts, Rollout): this process's share of the next batch, at most `limiter.limit` tokens a response."""
+        """(prompts, Rollout): this process's share of the next batch, at most `limiter.limit` tokens a
+        response."""
         prompts = share(self.draw(even(self.options.batch, self.options.minibatches)))
         seed = int(torch.randint(2**62, (1,), generator=self.generator)) + RANK
         return prompts, rollout(self.actor, [p.ids for p in prompts], self.limiter.limit, self.sampling, seed)
@@ -340,24 +343,26 @@ class PPOTrainer(Trainer):
         prompts, batch = self.sample()
         mask = batch.response_mask
         generation_seconds = time.perf_counter() - start
-        # 2  s = score(x, y), standardized by the reference's mean and deviation; then the length term of Mistral-Plus
+        # 2  s = score(x, y), standardized by the reference's mean and deviation; then the length term
         dialogues = [prompt.dialogue for prompt in prompts]
         responses = batch.responses()
-        scores = (self.score(dialogues, responses).to(mask.device) - self.score_mean) / self.score_scale  # (B,)
+        scores = self.score(dialogues, responses).to(mask.device)  # (B,)
+        scores = (scores - self.score_mean) / self.score_scale
         shaped = shape_scores(scores, mask.sum(1), batch.truncated, limit, options)
         # 3  log pi, log pi_ref and V of every response token, before the update
         with torch.no_grad():
-            batch.logprobs, entropy = self.over(batch, self.actor_logprobs_and_entropy).unbind(-1)  # (B, R) each
+            batch.logprobs, entropy = self.over(batch, self.logprobs_and_entropy).unbind(-1)  # (B, R) each
             ref_logprobs = self.over(batch, partial(self.logprobs, self.reference))
             batch.values = self.over(batch, partial(response_values, self.critic))
         # 4  r_t = -beta (log pi - log pi_ref) + [t = last] s;  A_t by GAE;  R_t = A_t + V_t
         beta = self.beta.value
         rewards, kl = compute_rewards(shaped, batch.logprobs, ref_logprobs, mask, beta)
-        advantages, batch.returns = compute_gae(rewards, batch.values, mask, options.discount, options.gae_lambda)
+        discounts = (options.discount, options.gae_lambda)
+        advantages, batch.returns = compute_gae(rewards, batch.values, mask, *discounts)
         batch.advantages = masked_whiten(advantages, mask)
         # 5  epochs x minibatches of clipped updates
         metrics = self.update(batch)
-        # 6  the next beta; the next limit l(t) = f_CM, whose R_t is the mean score and whose V_phi the critic's loss
+        # 6  the next beta; the next limit l(t) = f_CM(R_t, V_phi): the mean score, the critic's loss
         self.beta.update(mean(kl.sum(1)))
         self.limiter.update(mean(scores), metrics["value_loss"])
         metrics |= describe_step(batch, scores, shaped, kl, entropy)
@@ -376,17 +381,19 @@ class PPOTrainer(Trainer):
             output[index, : values.shape[1]] = values
         return output
 
-    def actor_logprobs_and_entropy(self, part):
+    def logprobs_and_entropy(self, part):
+        """Both of the actor's, (b, R, 2), without gradients."""
         hidden = response_hidden(self.actor.model, part)
-        ids = response_ids(part)
-        logprobs, entropy = logprobs_and_entropy(self.actor, hidden, ids, self.sampling.temperature, self.sampling.forbid)
-        return torch.stack((place(logprobs, part.response_mask), place(entropy, part.response_mask)), -1)
+        settings = (self.sampling.temperature, self.sampling.forbid)
+        pairs = logprobs_and_entropy(self.actor, hidden, response_ids(part), *settings)
+        return torch.stack([place(x, part.response_mask) for x in pairs], -1)
 
     def logprobs(self, model, part):
         return response_logprobs(model, part, self.sampling.temperature, self.sampling.forbid)
 
     def update(self, batch):
-        """epochs x minibatches optimizer steps of actor and critic, or fewer by `kl_stop`. Returns their figures."""
+        """epochs x minibatches optimizer steps of actor and critic, or fewer by `kl_stop`. Returns their
+        figures."""
         history = []
         for _ in range(self.options.epochs):
             order = torch.randperm(len(batch.tokens), generator=self.generator).to(batch.tokens.device)
@@ -397,8 +404,9 @@ class PPOTrainer(Trainer):
         return summarize(history)
 
     def update_minibatch(self, batch):
-        """One optimizer step of the actor and one of the critic. A loss is a sum over a microbatch, divided by the number
-        of real tokens in the whole minibatch (PPO_DETAILS 20). Returns figures, means over these tokens."""
+        """One optimizer step of the actor and one of the critic. A loss is a sum over a microbatch, divided
+        by the number of real tokens in the whole minibatch (PPO_DETAILS 20). Returns figures, means over
+        these tokens."""
         options = self.options
         count = total(batch.response_mask.sum())
         parts = [part for _, part in batch.by_length(options.microbatch)]
@@ -414,7 +422,7 @@ class PPOTrainer(Trainer):
             sums["clip_fraction"] += clipped
             sums["approx_kl"] += ((ratio - 1 - log_ratio) * mask).sum()  # k3
             ratios.append(ratio[mask])
-        grad_norm = self.actor_optimizer.step()  # frees the actor's gradients before the critic allocates its own
+        grad_norm = self.actor_optimizer.step()  # frees the actor's gradients before the critic makes its own
         for part in parts:
             values = response_values(self.critic, part)
             loss = value_loss(values, part.values, part.returns, part.response_mask, options.value_clip)

@@ -2,9 +2,9 @@
 
     loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
-r is read at the last real token. An answer that ended and one that a limit cut must score differently, so training shows
-both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4, 27).
-"""
+r is read at the last real token. An answer that ended and one that a limit cut must score differently, so
+training shows both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4,
+27). """
 
 import math
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ class RewardOptions(TrainingOptions):
 
     batch_pairs: int = option(32, "preference pairs a step of reward", least=1)
     held_out: float = option(
-        0.1, "share of the preference pairs that are held out for testing, by first human turn", least=0, most=1
+        0.1, "share of the pairs held out for testing, split by first human turn", least=0, most=1
     )
     test_pairs: int = option(500, "held-out pairs that are scored at the end of reward, at most", least=1)
 
 
 def preference_loss(chosen, rejected, count=None):
-    """Mean of -log sigmoid(chosen - rejected), scores (B,) each (Bradley-Terry; InstructGPT eq. 1). `count`: the number
-    of pairs that the mean is over, where these are a part of them."""
+    """Mean of -log sigmoid(chosen - rejected), scores (B,) each (Bradley-Terry; InstructGPT eq. 1). `count`:
+    the number of pairs that the mean is over, where these are a part of them."""
     return -F.logsigmoid(chosen - rejected).sum() / (count or len(chosen))
 
 
@@ -43,8 +43,9 @@ class RewardModel(ScalarModel):
 
     @classmethod
     def from_base(cls, path_or_id, device="cpu", dtype=torch.float32, seed=0, rank=0, alpha=0.0):
-        """The trunk of a language model, whole or with `rank` frozen under adapters, and a new head of deviation
-        1/sqrt(C+1), which after RMSNorm gives scores of about unit variance (lm-human-preferences)."""
+        """The trunk of a language model, whole or with `rank` frozen under adapters, and a new head of
+        deviation 1/sqrt(C+1), which after RMSNorm gives scores of about unit variance
+        (lm-human-preferences)."""
         generator = torch.Generator(device).manual_seed(seed)
         model = load(cls, path_or_id, device, dtype, optional=("score.weight",))
         nn.init.normal_(model.head.weight, 0.0, (model.config.hidden_size + 1) ** -0.5, generator=generator)
@@ -55,8 +56,8 @@ class RewardModel(ScalarModel):
 
     @classmethod
     def over_base(cls, folder, base):
-        """The reward model of `folder` over the weights of `base`, a `Mistral` in memory, which it shares. None where
-        the folder has no adapter, or one over other weights."""
+        """The reward model of `folder` over the weights of `base`, a `Mistral` in memory, which it shares.
+        None where the folder has no adapter, or one over other weights."""
         if not has_adapter(folder):
             return None
         settings, tensors = read_adapter(folder)
@@ -72,7 +73,8 @@ class RewardModel(ScalarModel):
         return model.eval().requires_grad_(False)
 
     def score(self, tokens, mask):
-        """tokens (B, T), mask (B, T), padded on either side -> raw scores (B,), fp32, at the last real token."""
+        """tokens (B, T), mask (B, T), padded on either side -> raw scores (B,), fp32, at the last real
+        token."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         last = (places * mask).amax(1)  # (B,)
         on_the_right = bool(mask[:, 0].all())  # causal attention then needs no mask
@@ -93,14 +95,14 @@ class RewardModel(ScalarModel):
 
 
 def encode_pair(tokenizer, messages, chosen, rejected, max_length):
-    """(prompt + chosen, prompt + rejected) as ids without an ending. Of a prompt too long for `max_length` the start is
-    dropped, of an answer the end."""
+    """(prompt + chosen, prompt + rejected) as ids without an ending. Of a prompt too long for `max_length`
+    the start is dropped, of an answer the end."""
     prompt = len(tokenizer.encode_chat(messages))
     rows = []
     for answer in (chosen, rejected):
         turn = {"role": "assistant", "content": answer}
         ids = tokenizer.encode_chat([*messages, turn], add_generation_prompt=False)
-        ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # only a template writes an EOS
+        ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # from the template alone
         rows.append(ids[: ends[-1]] if ends else ids)
     longest = max(map(len, rows))
     drop = max(0, min(prompt - max_length // 2, longest - max_length))
@@ -108,8 +110,8 @@ def encode_pair(tokenizer, messages, chosen, rejected, max_length):
 
 
 class RewardTrainer(Trainer):
-    """Trains on `pairs`, a list of (chosen ids, rejected ids) without EOS. A pair gets `eos_id` after both answers half
-    of the time."""
+    """Trains on `pairs`, a list of (chosen ids, rejected ids) without EOS. A pair gets `eos_id` after both
+    answers half of the time."""
 
     CHANGES = (*Trainer.CHANGES, "optimizer")
 
@@ -118,7 +120,8 @@ class RewardTrainer(Trainer):
         self.model = model.train()
         self.eos_id = eos_id
         self.options = options
-        self.optimizer = Optimizer(model, options.train_lr, options.steps, options.max_grad_norm, weight_decay=0.01)
+        lr = options.train_lr
+        self.optimizer = Optimizer(model, lr, options.steps, options.max_grad_norm, weight_decay=0.01)
 
     def id_lists(self):
         return [ids for pair in self.data for ids in pair]
@@ -131,7 +134,7 @@ class RewardTrainer(Trainer):
         pairs = [(chosen + eos, rejected + eos) for (chosen, rejected), eos in zip(pairs, endings)]
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
         margins = []
-        for part in by_length(lengths, sum(lengths) // 4 + 1, self.generator):  # similar lengths, little padding
+        for part in by_length(lengths, sum(lengths) // 4 + 1, self.generator):  # little padding
             rows = [pairs[i][side] for side in (0, 1) for i in part]
             chosen, rejected = self.score(*pad_right(rows, self.model.device))
             preference_loss(chosen, rejected, len(pairs)).backward()
@@ -147,17 +150,19 @@ class RewardTrainer(Trainer):
         }
 
     def score(self, tokens, mask):
-        """Scores of this process's share of the pairs in tokens (2B, T), all chosen before all rejected: (b,), (b,)."""
+        """Scores of this process's share of the pairs in tokens (2B, T), all chosen before all rejected:
+        (b,), (b,)."""
         B = len(tokens) // 2
         rows = share(torch.arange(B, device=tokens.device))
-        scores = self.model.score(torch.cat((tokens[rows], tokens[rows + B])), torch.cat((mask[rows], mask[rows + B])))
+        both = torch.cat((rows, rows + B))
+        scores = self.model.score(tokens[both], mask[both])
         return scores[: len(rows)], scores[len(rows) :]
 
 
 def accuracy(model, pairs, eos_id):
-    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration", "pairs"}.
-    accuracy: with EOS after both answers. accuracy_cut: without. calibration: mean gap between the predicted and the
-    actual rate of being right, over ten equal bins of the predicted one."""
+    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration",
+    "pairs"}. accuracy: with EOS after both answers. accuracy_cut: without. calibration: mean gap between the
+    predicted and the actual rate of being right, over ten equal bins of the predicted one."""
 
     def margins(ending):
         chosen = model.score_rows([chosen + ending for chosen, _ in pairs])
@@ -183,10 +188,9 @@ def accuracy(model, pairs, eos_id):
 class Scorer:
     """score(dialogues, responses) -> raw scores (B,) of a reward model; dialogues are message lists.
 
-    A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text. A reward model with another
-    tokenizer gets the text. A turn that ended with a stop string has ended: the reward model knows an ending as EOS.
-    System prompts are left out: the reward model was trained without.
-    """
+    A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text. A reward model
+    with another tokenizer gets the text. A turn that ended with a stop string has ended: the reward model
+    knows an ending as EOS. System prompts are left out: the reward model was trained without. """
 
     def __init__(self, model, tokenizer, policy_tokenizer=None, ends=True, max_length=1024):
         self.model = model
@@ -210,7 +214,8 @@ class Scorer:
         ids = self.policy_tokenizer.trim(response) if self.ends else response
         has_ended = len(ids) < len(response) or ids[-1:] == [self.policy_tokenizer.eos_id]
         if not self.is_shared:
-            return self.encode_text(messages, self.policy_tokenizer.decode(ids)) + [self.tokenizer.eos_id] * has_ended
+            text = self.policy_tokenizer.decode(ids)
+            return self.encode_text(messages, text) + [self.tokenizer.eos_id] * has_ended
         eos = [self.tokenizer.eos_id] * (len(ids) < len(response))
         return self.tokenizer.encode_chat(messages) + ids + eos
 

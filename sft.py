@@ -2,10 +2,9 @@
 
     loss = - sum_t m_t log p(x_t | x_<t) / sum_t m_t
 
-with m = 1 on the tokens of the answers alone (their EOS included) when fine-tuning on instructions, and on every token
-of a document when pretraining. Documents never share a row, so that no token attends to another document. They are
-batched by length instead, which leaves little padding.
-"""
+with m = 1 on the tokens of the answers alone (their EOS included) when fine-tuning on instructions, and on
+every token of a document when pretraining. Documents never share a row, so that no token attends to another
+document. They are batched by length instead, which leaves little padding. """
 
 import math
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ class SFTOptions(TrainingOptions):
 
 
 def chat_example(tokenizer, messages, max_length):
-    """(ids, loss mask) of a dialogue, cut at `max_length`: the answers' tokens count, the rest is context. An answer's
-    tokens are those that follow its generation prompt."""
+    """(ids, loss mask) of a dialogue, cut at `max_length`: the answers' tokens count, the rest is context. An
+    answer's tokens are those that follow its generation prompt."""
     ids = tokenizer.encode_chat(messages, add_generation_prompt=False)
     mask = [False] * len(ids)
     for i, message in enumerate(messages):
@@ -40,7 +39,8 @@ def chat_example(tokenizer, messages, max_length):
 
 
 def document_examples(tokenizer, documents, tokens):
-    """[(ids, loss mask)] of documents up to `tokens` tokens in all: BOS, the text, EOS, all of which count."""
+    """[(ids, loss mask)] of documents up to `tokens` tokens in all: BOS, the text, EOS, all of which
+    count."""
     examples = []
     while tokens > 0:
         ids = [tokenizer.bos_id, *tokenizer.encode(next(documents)), tokenizer.eos_id]
@@ -50,8 +50,8 @@ def document_examples(tokenizer, documents, tokens):
 
 
 class SFTTrainer(Trainer):
-    """Trains `model` on `examples`, a list of (ids, loss mask). A step's batch is read in four parts of similar lengths,
-    so that little padding is computed and every batch is a fair sample."""
+    """Trains `model` on `examples`, a list of (ids, loss mask). A step's batch is read in four parts of
+    similar lengths, so that little padding is computed and every batch is a fair sample."""
 
     CHANGES = (*Trainer.CHANGES, "optimizer")
 
@@ -59,13 +59,15 @@ class SFTTrainer(Trainer):
         super().__init__(examples, options.seed)
         self.model = model.train()
         self.options = options
-        self.optimizer = Optimizer(model, options.train_lr, options.steps, options.max_grad_norm, weight_decay=0.1)
+        lr = options.train_lr
+        self.optimizer = Optimizer(model, lr, options.steps, options.max_grad_norm, weight_decay=0.1)
 
     def id_lists(self):
         return [ids for ids, _ in self.data]
 
     def step(self):
-        """One optimizer step on about `batch_tokens` tokens. Returns its metrics: the loss in nats a counted token."""
+        """One optimizer step on about `batch_tokens` tokens. Returns its metrics: the loss in nats a counted
+        token."""
         rows = []
         while sum(len(ids) for ids, _ in rows) < self.options.batch_tokens:
             rows += self.draw(1)

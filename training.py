@@ -1,5 +1,5 @@
-"""What all training shares: options, batches of similar lengths, logprobs without all logits at once, AdamW with its
-schedule, and the base of the trainers."""
+"""What all training shares: options, batches of similar lengths, logprobs without all logits at once, AdamW
+with its schedule, and the base of the trainers."""
 
 import math
 import zlib
@@ -14,7 +14,7 @@ from support import processes
 from support.options import option
 from support.state import Stateful
 
-LOGITS_BYTES = 2**27  # of fp32 logits at a time
+LOGITS_BYTES = 2**25  # of fp32 logits at a time
 
 
 @dataclass
@@ -26,17 +26,17 @@ class TrainingOptions:
     train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft", least=0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", least=0)
     max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut", least=8)
-    lora_rank: int = option(0, "rank of adapters over one frozen copy of the base; 0 trains whole copies", least=0)
-    lora_alpha: float = option(0.0, "an adapter's change is multiplied by alpha / rank (default: 2 * rank)", least=0)
-    checkpointing: bool = option(False, "compute activations again in the backward pass: slower, far less memory")
+    lora_rank: int = option(0, "rank of adapters over one frozen base; 0 trains whole copies", least=0)
+    lora_alpha: float = option(0.0, "adapters are multiplied by alpha / rank (default: 2 * rank)", least=0)
+    checkpointing: bool = option(False, "recompute activations in backward: slower, far less memory")
 
 
 # ---------------------------------------------------------------- batches
 
 
 def by_length(lengths, tokens, generator):
-    """Splits range(len(lengths)) into batches of similar lengths, each of at most `tokens` tokens with its padding (or
-    of one item), in random order: a list of index lists."""
+    """Splits range(len(lengths)) into batches of similar lengths, each of at most `tokens` tokens with its
+    padding (or of one item), in random order: a list of index lists."""
     order = sorted(torch.randperm(len(lengths), generator=generator).tolist(), key=lambda i: lengths[i])
     batches = []
     batch = []
@@ -53,8 +53,8 @@ def by_length(lengths, tokens, generator):
 
 
 def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
-    """Logprobs (N,), fp32, of `ids` (N,) under the softmax of the logits after `hidden` (N, C), `forbid` left out.
-    The logits (N, V) exist for a few rows at a time: backward computes them again."""
+    """Logprobs (N,), fp32, of `ids` (N,) under the softmax of the logits after `hidden` (N, C), `forbid` left
+    out. The logits (N, V) exist for a few rows at a time: backward computes them again."""
 
     def logprobs_of(hidden, ids):
         logits = shape_logits(model.lm_head(hidden), temperature, forbid)
@@ -86,12 +86,12 @@ def logprobs_and_entropy(model, hidden, ids, temperature=1.0, forbid=()):
 
 
 class Optimizer:
-    """AdamW over what is trainable in a model: linear warm-up over 5% of the steps, then a cosine down to a tenth of
-    the learning rate, weight decay on matrices alone.
+    """AdamW over what is trainable in a model: linear warm-up over 5% of the steps, then a cosine down to a
+    tenth of the learning rate, weight decay on matrices alone.
 
-    Parameters of a smaller dtype are updated through fp32 copies: in bf16 an update of less than 1/256 of a weight would
-    be rounded away. A step whose gradients are not finite is left out, since it would ruin weights and moments for good.
-    """
+    Parameters of a smaller dtype are updated through fp32 copies: in bf16 an update of less than 1/256 of a
+    weight would be rounded away. A step whose gradients are not finite is left out, since it would ruin
+    weights and moments for good. """
 
     WARMUP = 0.05
     FLOOR = 0.1
@@ -107,7 +107,7 @@ class Optimizer:
         for master in self.masters:
             groups.setdefault((master.dim() > 1, processes.is_part(master)), []).append(master)
         decay = {True: weight_decay, False: 0.0}
-        groups = [{"params": group, "weight_decay": decay[is_matrix]} for (is_matrix, _), group in groups.items()]
+        groups = [{"params": group, "weight_decay": decay[key[0]]} for key, group in groups.items()]
         self.adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=eps, fused=True)
 
     def scale(self):
@@ -119,8 +119,8 @@ class Optimizer:
         return self.FLOOR + (1 - self.FLOOR) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def step(self):
-        """One update along the gradients, which are freed. Returns the norm that they had; where it is not finite
-        there was no update."""
+        """One update along the gradients, which are freed. Returns the norm that they had; where it is not
+        finite there was no update."""
         norm = processes.clip_gradients(self.parameters, self.max_grad_norm)
         if math.isfinite(norm):
             for group in self.adam.param_groups:
@@ -143,11 +143,12 @@ class Optimizer:
                 parameter.copy_(master)
 
     def state_dict(self):
-        """What changes: the parameters that are trained, whole (all processes help to gather them), Adam's moments of
-        each, and the number of updates."""
+        """What changes: the parameters that are trained, whole (all processes help to gather them), Adam's
+        moments of each, and the number of updates."""
         moments = []
         for master in self.masters:
-            moments.append({name: processes.whole(value) for name, value in self.adam.state.get(master, {}).items()})
+            adam_state = self.adam.state.get(master, {})  # empty before the first step
+            moments.append({name: processes.whole(value) for name, value in adam_state.items()})
         parameters = [processes.whole(master) for master in self.masters]
         return {"parameters": parameters, "moments": moments, "updates": self.updates}
 
@@ -158,7 +159,8 @@ class Optimizer:
                 raise ValueError(f"a parameter of shape {tuple(saved.shape)}, {tuple(master.shape)} expected")
             master.copy_(processes.like(saved, master))
             for name, value in moments.items():
-                self.adam.state[master][name] = processes.like(value, master) if value.dim() else value.to(master.device)
+                value = processes.like(value, master) if value.dim() else value.to(master.device)
+                self.adam.state[master][name] = value
         self._write_back()
         self.updates = state["updates"]
 
@@ -167,9 +169,9 @@ class Optimizer:
 
 
 class Trainer(Stateful):
-    """The base of the trainers: `data`, a list, and the shuffled order in which it is drawn. A trainer's `step()` is one
-    step of its stage; `state_dict()` is all that decides how it goes on. Every process draws the same, and takes its
-    share of what was drawn."""
+    """The base of the trainers: `data`, a list, and the shuffled order in which it is drawn. A trainer's
+    `step()` is one step of its stage; `state_dict()` is all that decides how it goes on. Every process draws
+    the same, and takes its share of what was drawn."""
 
     CHANGES = ("order", "generator")
 

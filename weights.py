@@ -1,10 +1,9 @@
 """Model folders in and out: names, shapes and files, no modules.
 
-In: Hugging Face's form (`config.json` of `mistral` or `llama` type, `model.safetensors` or shards with an index) and
-the form that Mistral distributes (`params.json`, `consolidated*.safetensors`), from a local folder or a hub id. Tensors
-are read one at a time, so that loading never holds two models. Out: Hugging Face's form, written to a temporary folder
-and renamed. Only safetensors and JSON are read, never a pickle.
-"""
+In: Hugging Face's form (`config.json` of `mistral` or `llama` type, `model.safetensors` or shards with an
+index) and the form that Mistral distributes (`params.json`, `consolidated*.safetensors`), from a local folder
+or a hub id. Tensors are read one at a time, so that loading never holds two models. Out: Hugging Face's form,
+written to a temporary folder and renamed. Only safetensors and JSON are read, never a pickle. """
 
 import os
 import re
@@ -64,14 +63,14 @@ def is_model(folder):
 
 
 def fingerprint(folder):
-    """A number that tells the weights in a model folder from others: a checksum of every small tensor, and of eight or
-    nine blocks of each large one, for training changes whole tensors."""
+    """A number that tells the weights in a model folder from others: a checksum of every small tensor, and of
+    eight or nine blocks of each large one, for training changes whole tensors."""
     crc = 0
     block = 4096  # bytes
     for path in sorted(Path(folder).glob("*.safetensors")):
         with reading(path, "a whole safetensors file"), safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
-                values = file.get_tensor(name).flatten().view(torch.uint8)  # in the file: what is not used is not read
+                values = file.get_tensor(name).flatten().view(torch.uint8)  # memory-mapped
                 for start in range(0, len(values), max(block, len(values) // 8)):
                     crc = zlib.crc32(values[start : start + block].numpy(), crc)
     return crc
@@ -81,8 +80,8 @@ def fingerprint(folder):
 
 
 def read_config(folder):
-    """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not implemented,
-    before any weight is read."""
+    """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not
+    implemented, before any weight is read."""
     folder = Path(folder)
     if not (folder / "config.json").exists() and (folder / "params.json").exists():
         path = folder / "params.json"
@@ -94,9 +93,12 @@ def read_config(folder):
     return config
 
 
+SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+SIZES += ["num_key_value_heads"]
+
+
 def check_sizes(config, path):
-    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
-    for name in sizes:
+    for name in SIZES:
         size = config.get(name, 1)
         if not isinstance(size, int) or size < 1:
             raise InputError(f"{path}: {name} is {size!r}, a whole number above 0 expected")
@@ -131,7 +133,8 @@ def complete_config(config, path):
     if config["model_type"] == "llama":
         config["sliding_window"] = None
     if config.get("num_key_value_heads") is None:
-        config["num_key_value_heads"] = config.get("num_attention_heads") if config["model_type"] == "llama" else 8
+        heads = config.get("num_attention_heads")
+        config["num_key_value_heads"] = heads if config["model_type"] == "llama" else 8
     return config
 
 
@@ -226,7 +229,8 @@ class Weights:
         return sorted(set(files.values()))
 
     def _is_own(self, file):
-        """A plain name, and no link that leads out of the folder (the hub's cache links into its own blobs)."""
+        """A plain name, and no link that leads out of the folder (the hub's cache links into its own
+        blobs)."""
         real = (self.folder / file).resolve()
         folder = self.folder.resolve()
         blobs = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
@@ -248,7 +252,8 @@ class Weights:
         return self._file(file).get_tensor(name_in_file).dtype
 
     def read(self, name):
-        """The tensor `name` in the dtype it is stored in, on the CPU. InputError where a value is not finite."""
+        """The tensor `name` in the dtype it is stored in, on the CPU. InputError where a value is not
+        finite."""
         file, name_in_file = self.names[name]
         tensor = self._file(file).get_tensor(name_in_file)
         if name_in_file != name and name_in_file.endswith(("wq.weight", "wk.weight")):
@@ -263,7 +268,8 @@ class Weights:
         return self.read(name).float()
 
     def check_shapes(self, shapes, optional=()):
-        """InputError where the folder lacks a tensor of `shapes`, {name: shape}, or has it in another shape."""
+        """InputError where the folder lacks a tensor of `shapes`, {name: shape}, or has it in another
+        shape."""
         for name, shape in shapes.items():
             if name not in self.names:
                 if name in optional:
@@ -276,8 +282,8 @@ class Weights:
 
 
 class Unfolded(Weights):
-    """A folder whose weights a stage has folded adapters into. Folding has rounded them to bf16, where small changes are
-    lost; exact is base + alpha / r B A in fp32."""
+    """A folder whose weights a stage has folded adapters into. Folding has rounded them to bf16, where small
+    changes are lost; exact is base + alpha / r B A in fp32."""
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -313,8 +319,8 @@ def open_exact(path_or_id):
 def adapter_files(layers, head, source):
     """[(file name, content)] of adapters in the form of the peft library; [] where there are none.
 
-    layers: {name: layer with A, B and scale}; head: the layer of a scalar model, or None; source: the base's folder.
-    """
+    layers: {name: layer with A, B and scale}; head: the layer of a scalar model, or None; source: the base's
+    folder. """
     if not layers or source is None:
         return []
     tensors = {}
@@ -326,7 +332,8 @@ def adapter_files(layers, head, source):
         tensors[ADAPTER_HEAD] = head.weight.detach().cpu()
         config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
     rank = len(layer.A)
-    config |= {"r": rank, "lora_alpha": layer.scale * rank, "target_modules": sorted({n.split(".")[-1] for n in layers})}
+    config |= {"r": rank, "lora_alpha": layer.scale * rank}
+    config["target_modules"] = sorted({name.split(".")[-1] for name in layers})
     config["base_model_name_or_path"] = str(Path(source).resolve())
     return [
         (f"{ADAPTER}/adapter_config.json", config),
@@ -336,19 +343,20 @@ def adapter_files(layers, head, source):
 
 
 def read_adapter(folder):
-    """(settings, {name: tensor}) of the adapters in a model folder: adapter_config.json with the base's fingerprint."""
+    """(settings, {name: tensor}) of the adapters in a model folder: adapter_config.json with the base's
+    fingerprint."""
     path = Path(folder) / ADAPTER
     settings = read_json(path / "adapter_config.json")
     for name in ("r", "lora_alpha", "base_model_name_or_path"):
         if name not in settings:
-            raise InputError(f"{path / 'adapter_config.json'}: no {name}, which the adapters that c2f.py saves have")
+            raise InputError(f"{path / 'adapter_config.json'}: no {name}, which adapters of c2f.py have")
     settings["fingerprint"] = read_json(path / "base.json").get("fingerprint")
     return settings, read_tensors(path / "adapter_model.safetensors")
 
 
 def open_parents(coarse, sft):
-    """The `Weights` of two folders (or hub ids). InputError where they do not hold the same network over the same
-    vocabulary."""
+    """The `Weights` of two folders (or hub ids). InputError where they do not hold the same network over the
+    same vocabulary."""
     coarse = open_exact(coarse)
     sft = open_exact(sft)
     for name in sorted(set(coarse.names) ^ set(sft.names)):
@@ -376,10 +384,10 @@ def compare(name, value, other, coarse, sft):
 def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     """Writes a model folder in Hugging Face's form.
 
-    `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of `shard_bytes` is
-    full. `files` stand beside them: paths to copy, or (name, content) pairs, where the content is a text, a dict for
-    JSON, or {name: tensor} for safetensors. Of several processes the first writes, and all help to gather.
-    """
+    `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of
+    `shard_bytes` is full. `files` stand beside them: paths to copy, or (name, content) pairs, where the
+    content is a text, a dict for JSON, or {name: tensor} for safetensors. Of several processes the first
+    writes, and all help to gather. """
     if not processes.is_first():
         for _ in tensors:  # gathering a tensor takes all processes
             pass
@@ -435,4 +443,5 @@ def _name_shards(folder, shards):
         os.rename(folder / f"shard-{i}", folder / file)
         files |= dict.fromkeys(shard, file)
     size = sum(sum(shard.values()) for shard in shards)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": files})
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    write_json(folder / "model.safetensors.index.json", index)

@@ -1,5 +1,5 @@
-"""The stages that only look at models: `eval`, `report` and `chat`; what `fine` measures of each merge, and what plus and
-coarse keep of their samples."""
+"""The stages that only look at models: `eval`, `report` and `chat`; what `fine` measures of each merge, and
+what plus and coarse keep of their samples."""
 
 import random
 import sys
@@ -54,7 +54,8 @@ class EvaluationOptions:
 
 
 def log_samples(run, tokenizer, samples, second_score):
-    """Writes the first samples of a step to samples.jsonl, and sometimes prints one. Returns metrics of all of them."""
+    """Writes the first samples of a step to samples.jsonl, and sometimes prints one. Returns metrics of all
+    of them."""
     texts = [tokenizer.decode(sample.response) for sample in samples]
     metrics = {"redundancy": mean(torch.tensor([redundancy(text) for text in texts]))}
     if second_score:
@@ -76,7 +77,8 @@ def log_samples(run, tokenizer, samples, second_score):
 
 
 def sweep_evaluator(run, folder):
-    """evaluate(gamma, tensors) -> {metric: mean} of a merge, which takes the place of the model in `folder` in memory."""
+    """evaluate(gamma, tensors) -> {metric: mean} of a merge, which takes the place of the model in `folder`
+    in memory."""
     options = run.options
     tokenizer = run.tokenizer(folder)
     model = Mistral.from_pretrained(folder, options.device, run.dtype)
@@ -117,8 +119,8 @@ def validation_prompts(options, tokenizer):
 
 
 def evaluate_models(run):
-    """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and the answers
-    and choices in examples.json, items.jsonl, toxicity.jsonl and mt_bench/."""
+    """Every model of the run, or of --models, on the same items: results.json, results.md, results.png, and
+    the answers and choices in examples.json, items.jsonl, toxicity.jsonl and mt_bench/."""
     options = run.options
     folder = run.folder
     models = split_pairs(options.models, "models")
@@ -156,8 +158,9 @@ def evaluate_models(run):
 
 
 def evaluate_folder(run, path, tokenizer, material):
-    """`evaluate` of the model in a folder, with the system prompt and the EOS that its stage was trained to act with:
-    the config.json of its run folder has them. A model that no stage made has no system prompt, and ends."""
+    """`evaluate` of the model in a folder, with the system prompt and the EOS that its stage was trained to
+    act with: the config.json of its run folder has them. A model that no stage made has no system prompt, and
+    ends."""
     folder = Path(path)
     config = folder.parent / "config.json"
     stage = read_json(config).get(folder.name, {}) if config.is_file() else {}
@@ -168,7 +171,8 @@ def evaluate_folder(run, path, tokenizer, material):
 
 
 def gather_material(options):
-    """What --tasks name: the tiny world's tasks, or public ones below --benchmarks, and files of the user's own."""
+    """What --tasks name: the tiny world's tasks, or public ones below --benchmarks, and files of the user's
+    own."""
     material = Material(samples=options.samples, max_new_tokens=options.max_new_tokens, seed=options.seed)
     if options.preset == "tiny" and not options.benchmarks:
         sources = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}

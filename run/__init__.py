@@ -1,1 +1,2 @@
-"""A run seen from outside: its folder and logs, checkpoints, signals and exit statuses, functions of the user's."""
+"""A run seen from outside: its folder and logs, checkpoints, signals and exit statuses, functions of the
+user's."""

@@ -3,9 +3,8 @@
     OUT/checkpoint/coarse/step-000050/tensors.safetensors     parameters in training, their moments, random states
                                       state.json              all else, strict JSON, naming the tensors
 
-A checkpoint is written under another name, synced to the disk and renamed; then the one before is deleted. No pickle:
-nothing in a checkpoint can execute.
-"""
+A checkpoint is written under another name, synced to the disk and renamed; then the one before is deleted. No
+pickle: nothing in a checkpoint can execute. """
 
 import contextlib
 import json
@@ -23,8 +22,8 @@ FORMAT = 2
 
 
 def save(folder, step, state):
-    """Writes `folder`/step-NNNNNN. `state` is any nest of dicts (keys are texts), lists, tensors, numbers, texts and
-    None."""
+    """Writes `folder`/step-NNNNNN. `state` is any nest of dicts (keys are texts), lists, tensors, numbers,
+    texts and None."""
     path = Path(folder) / f"step-{step:06d}"
     tensors = {}
     packed = pack(state, tensors)

@@ -27,8 +27,9 @@ class Failed(Exception):
 
 @contextlib.contextmanager
 def stop_signals():
-    """`with stop_signals() as signals:` the first SIGINT or SIGTERM is put into the list, to be looked at between steps.
-    The second one acts at once, also in a process that a shell's `&` or nohup has started with SIGINT ignored."""
+    """`with stop_signals() as signals:` the first SIGINT or SIGTERM is put into the list, to be looked at
+    between steps. The second one acts at once, also in a process that a shell's `&` or nohup has started with
+    SIGINT ignored."""
     signals = []
     before = {}
     default = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}

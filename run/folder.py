@@ -55,9 +55,9 @@ class RunOptions:
     )
     threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
     overwrite: bool = option(False, "do a stage again whose folder has work in it")
-    resume: bool = option(False, "keep the finished stages of --out, go on inside an interrupted one, do the rest")
-    save_every: int = option(50, "steps between checkpoints to resume from; 0: only when a signal stops it", least=0)
-    max_skipped: int = option(5, "steps in a row with gradients that are not finite, after which it stops", least=1)
+    resume: bool = option(False, "keep finished stages of --out, go on inside an interrupted one, do the rest")
+    save_every: int = option(50, "steps between checkpoints; 0: only when a signal stops the stage", least=0)
+    max_skipped: int = option(5, "steps in a row without finite gradients after which a stage stops", least=1)
     debug: bool = option(False, "show the traceback of an error")
 
     def check(self):
@@ -72,17 +72,19 @@ def require_inputs(options, stage):
 
 
 def missing_stages(options, stage):
-    """The stages whose output `stage` reads and that is neither there nor replaced by something of the user's."""
+    """The stages whose output `stage` reads and that is neither there nor replaced by something of the
+    user's."""
     replaced_by = {"reward": options.reward_model or options.score, "sft": options.sft_model}
     if stage == "eval":
         replaced_by = dict.fromkeys(NEEDS["eval"], options.models)
-    needs = NEEDS.get(stage, ())
-    return [earlier for earlier in needs if not is_finished(options.out, earlier) and not replaced_by.get(earlier)]
+    needs = [earlier for earlier in NEEDS.get(stage, ()) if not replaced_by.get(earlier)]
+    return [earlier for earlier in needs if not is_finished(options.out, earlier)]
 
 
 def target(folder, stage):
     """What a stage leaves behind when it is done."""
-    return Path(folder) / {"eval": "results.json", "report": "report.png", "pretrain": "base"}.get(stage, stage)
+    names = {"eval": "results.json", "report": "report.png", "pretrain": "base"}
+    return Path(folder) / names.get(stage, stage)
 
 
 def is_finished(folder, stage):
@@ -108,31 +110,33 @@ def as_json(options):
 
 
 def resume_options(options, arguments, stage):
-    """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. What the user
-    gave (`arguments`) may differ from them only where it changes no more than rounding."""
+    """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. What
+    the user gave (`arguments`) may differ from them only where it changes no more than rounding."""
     path = checkpoint.newest(Path(options.out) / "checkpoint" / stage)
     if path is None:
         return options
     before = checkpoint.load_options(path)
     now = as_json(options)
     if before.keys() != now.keys():
-        raise InputError(f"{path}: made by another version of this program; --overwrite starts the stage anew")
+        raise InputError(f"{path}: made by another version of c2f.py; --overwrite starts the stage anew")
     for name in CODE:
         if before[name] and name not in arguments:
-            raise InputError(f"{flag(name)}: {before[name]!r} in the interrupted run; name it again to resume with it")
+            former = f"{flag(name)}: {before[name]!r} in the interrupted run"
+            raise InputError(f"{former}; name it again to resume with it")
     for name in arguments:
         if name in FREE or now[name] == before[name]:
             continue
         change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
         if name not in ROUNDING:
-            raise InputError(f"{change}; resume with the former value, or start the stage anew with --overwrite")
+            raise InputError(f"{change}; resume with the former value, or start anew with --overwrite")
         print(f"{change}: the last bits of the result may differ")
-    changes = {name: now[name] for name in (*FREE, *(name for name in ROUNDING if name in arguments))}
-    return dataclasses.replace(options, **(before | changes))
+    changeable = [*FREE, *(name for name in ROUNDING if name in arguments)]
+    return dataclasses.replace(options, **(before | {name: now[name] for name in changeable}))
 
 
 def parse_log(path):
-    """(line, the object in it) of a log. The last line may be half written, by a run that is at it or was killed."""
+    """(line, the object in it) of a log. The last line may be half written, by a run that is at it or was
+    killed."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -148,8 +152,8 @@ def parse_log(path):
 
 
 class Lock:
-    """Keeps a second process off a run folder. The kernel drops the lock with the process that holds it, however that
-    ends; the file itself means nothing."""
+    """Keeps a second process off a run folder. The kernel drops the lock with the process that holds it,
+    however that ends; the file itself means nothing."""
 
     file = None
 
@@ -172,8 +176,8 @@ class Lock:
 
 
 class Run:
-    """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs, and the
-    checkpoint that it goes on from."""
+    """The run folder of one stage: where it writes, what it refuses to overwrite, the metrics it logs, and
+    the checkpoint that it goes on from."""
 
     def __init__(self, options, stage, lock=None):
         self.options = options
@@ -207,7 +211,8 @@ class Run:
         if self.stage != "eval" and is_finished(self.folder, self.stage):
             raise InputError(f"--out: {self.target} has work in it; {ways.format('keeps it')}")
         if checkpoint.newest(self.checkpoints) and not self.options.resume:
-            raise InputError(f"--out: {self.checkpoints} has an interrupted run; {ways.format('goes on with it')}")
+            interrupted = f"{self.checkpoints} has an interrupted run"
+            raise InputError(f"--out: {interrupted}; {ways.format('goes on with it')}")
 
     def models(self):
         """{folder: fingerprint} of the models that the stage reads."""
@@ -218,14 +223,15 @@ class Run:
 
     def compare_models(self):
         if self.state["models"] != self.models():
-            other = "the interrupted run read other models than are there now; --overwrite starts the stage anew"
+            other = "the interrupted run read other models than are there now; --overwrite starts anew"
             raise InputError(f"{self.checkpoints}: {other}")
         if self.state["versions"] != versions():
-            print(f"{self.state['versions']} in the interrupted run, {versions()} now: the last bits may differ")
+            change = f"{self.state['versions']} in the interrupted run, {versions()} now"
+            print(f"{change}: the last bits may differ")
 
     def start(self):
-        """The first thing written, once the stage has found its input sound: the options, and the logs without the
-        lines that are not of the steps done."""
+        """The first thing written, once the stage has found its input sound: the options, and the logs
+        without the lines that are not of the steps done."""
         if not processes.is_first():
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +246,8 @@ class Run:
         write_json(path, config | {self.stage: dataclasses.asdict(self.options) | {"versions": versions()}})
 
     def cut_log(self, name, count):
-        """Leaves `count` lines of this stage: what follows is of an earlier try, or of steps to be done again."""
+        """Leaves `count` lines of this stage: what follows is of an earlier try, or of steps to be done
+        again."""
         path = self.folder / name
         lines = []
         own = 0
@@ -263,7 +270,7 @@ class Run:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk by itself has no name
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
 
     def metrics(self):
         """{stage: [row]} of everything logged so far."""
@@ -275,9 +282,10 @@ class Run:
     # ---------------------------------------------------------------- training
 
     def train(self, trainer, labels, step=None, monitors=None):
-        """Calls `step` (trainer.step where none is given) -> metrics until `options.steps` are done, under a progress
-        bar that shows the metrics in `labels`. Logs each step with the warnings of `monitors`, and saves what `trainer`
-        goes on from every `save_every` steps, when a signal stops it, and when it fails."""
+        """Calls `step` (trainer.step where none is given) -> metrics until `options.steps` are done, under a
+        progress bar that shows the metrics in `labels`. Logs each step with the warnings of `monitors`, and
+        saves what `trainer` goes on from every `save_every` steps, when a signal stops it, and when it
+        fails."""
         self.restore(trainer, monitors)
         step = step or trainer.step
         steps = self.options.steps
@@ -291,7 +299,8 @@ class Run:
                     self.warn(monitors, metrics)
                 self.log("metrics.jsonl", {"step": self.done, **metrics})
                 bar.update()
-                bar.set_postfix_str(" ".join(f"{label} {metrics[name]:.3g}" for name, label in labels.items()))
+                figures = [f"{label} {metrics[name]:.3g}" for name, label in labels.items()]
+                bar.set_postfix_str(" ".join(figures))
                 failures = failures + 1 if metrics["skipped_updates"] else 0
                 is_stopped = processes.total(len(signals)) > 0
                 is_failing = failures >= self.options.max_skipped
@@ -328,13 +337,12 @@ class Run:
         if is_stopped:
             raise Stopped(f"stopped after step {self.done}; {saved}", signals[0] if signals else 15)
         if failures:
-            raise Failed(
-                f"{self.stage}: {failures} steps in a row had gradients that are not finite, and nothing was learnt from "
-                f"them; lower the learning rate, look at the scores; {saved}"
-            )
+            reason = f"{failures} steps in a row had gradients that are not finite, so nothing was learnt"
+            raise Failed(f"{self.stage}: {reason}; lower the learning rate, look at the scores; {saved}")
 
     def save_checkpoint(self, trainer):
-        """All that decides how this stage goes on. Several processes gather it together; the first writes it."""
+        """All that decides how this stage goes on. Several processes gather it together; the first writes
+        it."""
         state = {
             "options": dataclasses.asdict(self.options),
             "versions": versions(),
@@ -355,11 +363,12 @@ class Run:
         return sum(row["stage"] == self.stage for _, row in parse_log(path))
 
     def once(self, name, make, *folders):
-        """`make()`, some JSON. A stage that goes on where it was interrupted takes what was made then, if it was made
-        with the same options, models and `folders`."""
+        """`make()`, some JSON. A stage that goes on where it was interrupted takes what was made then, if it
+        was made with the same options, models and `folders`."""
         path = self.checkpoints / f"{name}.json"
         options = {key: v for key, v in as_json(self.options).items() if key not in (*FREE, *ROUNDING)}
-        inputs = {"options": options, "models": self.models() | {str(f): fingerprint(locate(f)) for f in folders}}
+        models = self.models() | {str(folder): fingerprint(locate(folder)) for folder in folders}
+        inputs = {"options": options, "models": models}
         if self.options.resume and path.exists():
             content = read_json(path)
             if content.get("inputs") == inputs:
@@ -371,7 +380,8 @@ class Run:
     # ---------------------------------------------------------------- models and data
 
     def read_rows(self, reader, name):
-        """What a reader of data finds at the path that the option `name` gives, a list. Prints what it left out."""
+        """What a reader of data finds at the path that the option `name` gives, a list. Prints what it left
+        out."""
         rows = reader(getattr(self.options, name))
         items = list(rows)
         for reason, count in rows.skipped.items():
@@ -379,17 +389,19 @@ class Run:
         return items
 
     def tokenizer(self, folder):
-        """The tokenizer in a model's folder. Refused where the model has no embedding for some of its tokens."""
+        """The tokenizer in a model's folder. Refused where the model has no embedding for some of its
+        tokens."""
         folder = locate(folder)
         tokenizer = load_tokenizer(folder, self.options.template or None)
         rows = read_config(folder).get("vocab_size") if is_model(folder) else None
         if rows is not None and tokenizer.vocab_size > rows:
-            raise InputError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model knows {rows}")
+            count = tokenizer.vocab_size
+            raise InputError(f"{folder}: the tokenizer has {count} tokens, the model knows {rows}")
         return tokenizer
 
     def scorer(self, policy_tokenizer=None, ends=True, base=None):
-        """The `Scorer` of --reward-model or of the run's own reward model, or None where there is none. `base`: a
-        `Mistral` in memory that its adapters may stand on."""
+        """The `Scorer` of --reward-model or of the run's own reward model, or None where there is none.
+        `base`: a `Mistral` in memory that its adapters may stand on."""
         folder = Path(self.options.reward_model or self.folder / "reward")
         if not self.options.reward_model and not (folder / "config.json").exists():
             return None

@@ -1,9 +1,8 @@
 """Warnings about a PPO run that goes wrong without an error.
 
-A monitor looks at the metrics of the last few steps together, so that one odd batch does not set it off. Its warning
-says what is wrong and what helps. It is printed once, and its name stands under "warnings" in metrics.jsonl at every
-step at which it holds.
-"""
+A monitor looks at the metrics of the last few steps together, so that one odd batch does not set it off. Its
+warning says what is wrong and what helps. It is printed once, and its name stands under "warnings" in
+metrics.jsonl at every step at which it holds. """
 
 import math
 from statistics import fmean, stdev
@@ -13,7 +12,8 @@ LONG = 20  # steps that a trend is computed from
 
 
 class Monitors:
-    """`check(row)` takes the metrics of each step in turn. `ends`: whether responses may end by themselves."""
+    """`check(row)` takes the metrics of each step in turn. `ends`: whether responses may end by
+    themselves."""
 
     def __init__(self, ends=True):
         self.ends = ends
@@ -26,20 +26,21 @@ class Monitors:
         return {name: text for name, (holds, text) in MONITORS.items() if holds(self)}
 
     def mean(self, name, steps=RECENT):
-        """The mean of a metric over the last `steps` steps. NaN where there are fewer, which no threshold exceeds."""
+        """The mean of a metric over the last `steps` steps. NaN where there are fewer, which no threshold
+        exceeds."""
         rows = self.rows[-steps:]
         if len(rows) < steps or not all(name in row for row in rows):
             return math.nan
         return fmean(row[name] for row in rows)
 
     def has_collapsed(self):
-        """Whether the entropy is below a twentieth of the first steps'. In a small world that the actor learns well it
-        falls to a seventh."""
+        """Whether the entropy is below a twentieth of the first steps'. In a small world that the actor
+        learns well it falls to a seventh."""
         return self.mean("entropy") < 0.05 * fmean(row["entropy"] for row in self.rows[:RECENT])
 
     def trend(self, name):
-        """The mean of a metric over the newer half of the last steps less that over the older half, in standard errors
-        of this difference."""
+        """The mean of a metric over the newer half of the last steps less that over the older half, in
+        standard errors of this difference."""
         values = [row.get(name, math.nan) for row in self.rows[-LONG:]]
         if len(values) < LONG or not all(map(math.isfinite, values)):
             return math.nan

@@ -29,8 +29,9 @@ class Dialogue(str):
 
 
 class UserScorer:
-    """score(dialogues, responses) -> (B,) of a function of the user's, which takes a list of `Dialogue` texts and
-    returns a number for each. Responses are id lists of `tokenizer`; `ends`: whether they may end by themselves."""
+    """score(dialogues, responses) -> (B,) of a function of the user's, which takes a list of `Dialogue` texts
+    and returns a number for each. Responses are id lists of `tokenizer`; `ends`: whether they may end by
+    themselves."""
 
     def __init__(self, name, flag, tokenizer, ends):
         self.label = f"{flag}: {name}"

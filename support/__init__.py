@@ -1,1 +1,2 @@
-"""The ground floor: files, options, processes, state, figures. It imports nothing from outside this folder."""
+"""The ground floor: files, options, processes, state, figures. It imports nothing from outside this
+folder."""

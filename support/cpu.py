@@ -1,11 +1,11 @@
-"""Linear layers on a CPU: for large float32 weights oneDNN, which torch carries, is faster than torch's default, MKL
-(bench/README.md has the figures). Everywhere else this is F.linear."""
+"""Linear layers on a CPU: for large float32 weights oneDNN, which torch carries, is faster than torch's
+default, MKL (bench/README.md has the figures). Everywhere else this is F.linear."""
 
 import torch
 import torch.nn.functional as F
 
 LEAST = 2**18  # elements of a weight; products of smaller ones cost less than the call
-FEW = 4  # rows for which MKL is the faster one
+FEW = 4  # rows for which MKL is the faster one, if it is asked for (W x^T)^T
 
 try:
     multiply = torch.ops.mkldnn._linear_pointwise if torch.backends.mkldnn.is_available() else None
@@ -34,7 +34,13 @@ class Product(torch.autograd.Function):
 
 def linear(x, weight):
     """x (..., inputs), weight (outputs, inputs) -> (..., outputs)."""
-    is_large = weight.numel() >= LEAST and x.numel() > FEW * x.shape[-1]
-    if is_large and multiply and weight.device.type == "cpu" and weight.dtype == torch.float32:
+    is_on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if not is_on_cpu or not multiply or weight.numel() < LEAST or not x.numel():
+        return F.linear(x, weight)
+    rows = x.numel() // x.shape[-1]
+    if rows > FEW:
         return Product.apply(x, weight)
-    return F.linear(x, weight)
+    if torch.is_grad_enabled():
+        return F.linear(x, weight)
+    x_rows = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)  # two rows are faster than one
+    return (weight @ x_rows.T).T[:rows].reshape(*x.shape[:-1], -1)

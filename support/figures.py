@@ -40,10 +40,11 @@ def peak_memory_gib(device):
 
 
 def summarize(history):
-    """The metrics of an update from the figures of its minibatches: their means, the ratio of the first one that is
-    farthest from 1, and how many optimizer steps were left out for gradients that were not finite."""
+    """The metrics of an update from the figures of its minibatches: their means, the ratio of the first one
+    that is farthest from 1, and how many optimizer steps were left out for gradients that were not finite."""
     metrics = {name: fmean(figures[name] for figures in history) for name in history[0] if name != "ratio"}
-    norms = [figures["grad_norm"] for figures in history] + [figures["critic_grad_norm"] for figures in history]
+    norms = [figures["grad_norm"] for figures in history]
+    norms += [figures["critic_grad_norm"] for figures in history]
     skipped = sum(not math.isfinite(norm) for norm in norms)
     return metrics | {"ratio_first": history[0]["ratio"], "skipped_updates": skipped, "updates": len(history)}
 
@@ -52,6 +53,7 @@ def describe_step(batch, scores, shaped, kl, entropy):
     """The metrics of a step that need no update, floats."""
     mask = batch.response_mask
     lengths = mask.sum(1).float()
+    variance = masked_variance(batch.returns, mask).clamp_min(1e-8)
     residual_variance = masked_variance(batch.returns - batch.values, mask)
     truncation_rate = mean(batch.truncated)
     gap = ((batch.sampled.exp() - batch.logprobs.exp()).abs() * mask).max()
@@ -65,7 +67,7 @@ def describe_step(batch, scores, shaped, kl, entropy):
         "truncation_rate": truncation_rate,
         "eos_rate": 1 - truncation_rate,
         # 1: the critic foretells the returns; 0: no better than their mean
-        "explained_variance": (1 - residual_variance / masked_variance(batch.returns, mask).clamp_min(1e-8)).item(),
+        "explained_variance": (1 - residual_variance / variance).item(),
         "score_length_correlation": correlation(scores, lengths),
         "sampling_gap": gap.item(),
         "tokens": int(total(mask.sum())),

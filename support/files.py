@@ -1,7 +1,8 @@
-"""Files in and out: one kind of error for what a user handed us, and writing that an interruption cannot spoil.
+"""Files in and out: one kind of error for what a user handed us, and writing that an interruption cannot
+spoil.
 
-A file is written under a temporary name, synced to the disk and renamed, so that a reader sees the old content or the
-new and never a part. Only JSON, text and safetensors are read: nothing in them can execute.
+A file is written under a temporary name, synced to the disk and renamed, so that a reader sees the old
+content or the new and never a part. Only JSON, text and safetensors are read: nothing in them can execute.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ class InputError(ValueError):
 
 @contextlib.contextmanager
 def reading(path, expected):
-    """`with reading(path, "a JSON object"):` turns whatever a reader raises into an InputError that names the file."""
+    """`with reading(path, "a JSON object"):` turns whatever a reader raises into an InputError that names the
+    file."""
     try:
         yield
     except InputError:
@@ -93,8 +95,8 @@ def write_tensors(path, tensors):
 
 @contextlib.contextmanager
 def replacing(folder):
-    """`with replacing(folder) as temporary:` fills a folder beside `folder`, which takes its name when all of it is on
-    the disk. An interrupted write leaves the old folder as it was."""
+    """`with replacing(folder) as temporary:` fills a folder beside `folder`, which takes its name when all of
+    it is on the disk. An interrupted write leaves the old folder as it was."""
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.writing")
     old = folder.with_name(f".{folder.name}.old")

@@ -1,7 +1,8 @@
-"""Options: declared once as fields of dataclasses, each beside the code that reads it, and parsed from the command line.
+"""Options: declared once as fields of dataclasses, each beside the code that reads it, and parsed from the
+command line.
 
-A field made by `option` carries its help text and bounds. A class of options may have a method `check()`, which raises
-InputError where options do not go together. `--help` shows one group of options for each class.
+A field made by `option` carries its help text and bounds. A class of options may have a method `check()`,
+which raises InputError where options do not go together. `--help` shows one group of options for each class.
 """
 
 import argparse
@@ -65,7 +66,8 @@ def add_argument(group, field):
 
 
 def check(options):
-    """Raises InputError, which names the option, where a value is out of bounds or options do not go together."""
+    """Raises InputError, which names the option, where a value is out of bounds or options do not go
+    together."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
         least = field.metadata["least"]

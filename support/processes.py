@@ -1,14 +1,15 @@
-"""Several processes at one run, a GPU each: data parallel, with the layers that are trained spread over them (FSDP2).
+"""Several processes at one run, a GPU each: data parallel, with the layers that are trained spread over them
+(FSDP2).
 
     torchrun --nproc-per-node 4 c2f.py --stage coarse --preset mistral-7b --model DIR --prompts FILE ...
 
-Every process draws the same prompts, pairs or documents with the same seed, and takes its `share` of them. What all must
-agree on is a sum over the processes: `total(x)`, which is x itself where there is one process. Gradients are summed, for
-every loss is already divided by the `total` number of tokens or pairs. A layer's weights lie in N parts and are gathered
-while it computes, so all processes make the same forward passes at the same time; `gathered` keeps them whole while each
-process decodes at its own pace. Weights that adapters share stay whole: they are not trained. Process 0 alone writes and
-prints. Folders and checkpoints are those of one process, so that a run goes on with another number of them.
-"""
+Every process draws the same prompts, pairs or documents with the same seed, and takes its `share` of them.
+What all must agree on is a sum over the processes: `total(x)`, which is x itself where there is one process.
+Gradients are summed, for every loss is already divided by the `total` number of tokens or pairs. A layer's
+weights lie in N parts and are gathered while it computes, so all processes make the same forward passes at
+the same time; `gathered` keeps them whole while each process decodes at its own pace. Weights that adapters
+share stay whole: they are not trained. Process 0 alone writes and prints. Folders and checkpoints are those
+of one process, so that a run goes on with another number of them. """
 
 import contextlib
 import os
@@ -70,13 +71,15 @@ def spread(model):
     trunk = model.model
     for layer in trunk.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(trunk, mesh=mesh, mp_policy=policy, ignored_params={trunk.embed_tokens.weight, trunk.norm.weight})
+    others = {trunk.embed_tokens.weight, trunk.norm.weight}
+    fully_shard(trunk, mesh=mesh, mp_policy=policy, ignored_params=others)
     return model
 
 
 @contextlib.contextmanager
 def gathered(model):
-    """`with gathered(model):` every process has the layers whole, and may call the model as often as it likes."""
+    """`with gathered(model):` every process has the layers whole, and may call the model as often as it
+    likes."""
     layers = [layer for layer in model.model.layers if hasattr(layer, "unshard")]
     for layer in layers:
         layer.set_reshard_after_forward(False)
@@ -95,7 +98,8 @@ def is_part(tensor):
 
 
 def whole(tensor):
-    """The values of a tensor. Where the processes hold a part each, all gather them, and the first has them."""
+    """The values of a tensor. Where the processes hold a part each, all gather them, and the first has
+    them."""
     tensor = tensor.detach()
     if not is_part(tensor):
         return tensor
@@ -114,8 +118,8 @@ def like(tensor, parameter):
 
 
 def clip_gradients(parameters, max_norm):
-    """Sums gradients over the processes, and scales them so that their norm is at most `max_norm`. Returns the norm that
-    they had."""
+    """Sums gradients over the processes, and scales them so that their norm is at most `max_norm`. Returns
+    the norm that they had."""
     if WORLD == 1:
         return torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
     gradients = [p.grad for p in parameters if p.grad is not None]
@@ -136,8 +140,8 @@ def clip_gradients(parameters, max_norm):
 
 
 def join(device):
-    """Makes this process one of those that torchrun started. Returns the options that this decides, {"device": text};
-    none where it is alone."""
+    """Makes this process one of those that torchrun started. Returns the options that this decides,
+    {"device": text}; none where it is alone."""
     global mesh, store, stderr
     if WORLD == 1:
         return {}
@@ -146,7 +150,8 @@ def join(device):
     if device != "cpu" and torch.cuda.is_available():
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
-            raise InputError(f"torchrun --nproc-per-node: {torch.cuda.device_count()} GPUs are there, one a process")
+            count = torch.cuda.device_count()
+            raise InputError(f"torchrun --nproc-per-node: {count} GPUs are there, one a process")
         torch.cuda.set_device(local)
         device = "cuda"
     else:
@@ -169,8 +174,9 @@ def is_echo(error):
 
 
 def report_failure(error, status, line):
-    """Prints the line on stderr. Of several processes the first to fail prints it and exits at once: a clean exit would
-    wait for the others. A process that only noticed another's failure waits, so that the cause is printed."""
+    """Prints the line on stderr. Of several processes the first to fail prints it and exits at once: a clean
+    exit would wait for the others. A process that only noticed another's failure waits, so that the cause is
+    printed."""
     if WORLD == 1:
         print(line, file=sys.stderr)
         return
@@ -184,12 +190,13 @@ def report_failure(error, status, line):
 
 
 def set_threads(threads):
-    """Fixes the number of CPU threads, or torch's own choice where it is 0, so that a run can be repeated bit for bit.
-    Prints a line where others keep the cores busy, for threads that wait for each other are then far slower."""
+    """Fixes the number of CPU threads, or torch's own choice where it is 0, so that a run can be repeated bit
+    for bit. Prints a line where others keep the cores busy, for threads that wait for each other are then far
+    slower."""
     if threads:
         torch.set_num_threads(threads)
         return
     threads = torch.get_num_threads()
     load = os.getloadavg()[0]
     if threads > 1 and load > os.cpu_count() - 0.5:
-        print(f"{threads} threads on a busy machine (load {load:.1f}): --threads 1 may be up to five times faster")
+        print(f"{threads} threads on a busy machine (load {load:.1f}): --threads 1 may be five times faster")

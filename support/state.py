@@ -1,11 +1,12 @@
-"""What changes while something works, in and out: the part of a checkpoint that each object is responsible for."""
+"""What changes while something works, in and out: the part of a checkpoint that each object is responsible
+for."""
 
 import torch
 
 
 class Stateful:
-    """`CHANGES` names the attributes that change; all else comes from the constructor. Their state is a nest of dicts,
-    lists, tensors, numbers and texts."""
+    """`CHANGES` names the attributes that change; all else comes from the constructor. Their state is a nest
+    of dicts, lists, tensors, numbers and texts."""
 
     CHANGES = ()
 

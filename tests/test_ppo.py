@@ -573,7 +573,7 @@ def test_11_log_softmax_is_in_fp32():
     net = tiny(dtype=torch.bfloat16)
     batch = roll(net)
     trainer = trainer_of(three_models(net, tiny(ScalarModel, dtype=torch.bfloat16)), temperature=0.7)
-    logprobs, entropy = trainer.actor_logprobs_and_entropy(batch).unbind(-1)
+    logprobs, entropy = trainer.logprobs_and_entropy(batch).unbind(-1)
     hidden = ppo.response_hidden(net.model, batch)
     expected = (net.lm_head(hidden).double() / 0.7).log_softmax(-1)
     ids = torch.tensor(sum(responses_of(batch), []))
