@@ -14,7 +14,7 @@ from support import processes
 from support.options import option
 from support.state import Stateful
 
-LOGITS_BYTES = 2**25  # of fp32 logits at a time
+LOGITS_BYTES = 2**27  # of fp32 logits at a time
 
 
 @dataclass

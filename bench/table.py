@@ -23,7 +23,7 @@ SMOL, GPU_7B = "--case smollm2", "--case mistral-7b-random --device cuda"
 ROWS = {  # name: (where, command, figure to reach)
     "ppo-tiny-1": ("cpu", "ppo_vs_trl.py --case tiny --epochs 1 --steps 10 --repeats 5", ">= 5x"),
     "ppo-tiny-4": ("cpu", "ppo_vs_trl.py --case tiny --epochs 4 --steps 10 --repeats 5", ">= 3x"),
-    "ppo-smollm2": ("cpu", f"ppo_vs_trl.py {SMOL} --epochs 1 --microbatch 4 --steps 1 --repeats 2", ">= 1.3x, <= 6 GiB"),
+    "ppo-smollm2": ("cpu", f"ppo_vs_trl.py {SMOL} --epochs 1 --microbatch 2 --steps 1 --repeats 2", ">= 1.3x, <= 6 GiB"),
     "ppo-smollm2-lora": ("cpu", f"ppo_vs_trl.py {SMOL} --epochs 1 --lora-rank 16 --microbatch 4 --steps 1 --repeats 2",
                          ">= 1.3x, <= 2.5 GiB"),
     "generate-tiny": ("cpu", "generate.py --case tiny", ""),
