@@ -1,7 +1,7 @@
 """Decoding: the rolling cache of keys and values, sampling, and `generate`.
 
 Shapes: B batch, T tokens, S keys, G key/value heads, D head size, V vocabulary. Nothing here knows the
-network: `model.model(tokens, mask, cache)` gives hidden states, `model.lm_head` logits. """
+network: `model.model(tokens, mask, cache)` gives hidden states, `model.lm_head` logits."""
 
 import copy
 import weakref
@@ -41,7 +41,7 @@ class Cache:
     order of the slots does not matter to attention.
 
     A step of one token reads the whole buffer under `bias`, and touches nothing but tensors that stay where
-    they are: that is what a CUDA graph can replay. """
+    they are: that is what a CUDA graph can replay."""
 
     def __init__(self, config, batch, columns, device, dtype):
         self.size = min(columns, config.sliding_window or columns)
@@ -300,7 +300,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
     several, or None to run to the limit), or where `stop(ids)` is first true of its new ids. `forbid`: ids
     never sampled. seed: makes it repeatable; None draws from torch's global state. Returns the new ids of
-    each row, the ending one included. """
+    each row, the ending one included."""
     sampling = Sampling(temperature, top_p, eos_id, forbid, stop)
     return sample_responses(model, prompts, max_new_tokens, sampling, seed)[0]
 

@@ -5,7 +5,7 @@
 R_t is the step's mean score, V_phi the critic's loss. The limit grows where a logistic regression over recent
 rewards and value losses says that training is stable at this length, and holds elsewhere. The paper names the
 inputs and the form, not the function: the features are ours. Beside it stand the baselines that the paper
-argues against, a limit that grows by the clock and one that stays. """
+argues against, a limit that grows by the clock and one that stays."""
 
 import math
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class ContinuousMaximization(Stateful):
     It never shrinks.
 
     With the default weights a calm pair of series (spread 0.1) gives p = 0.9; rewards that alternate by half
-    a deviation around their mean give p = 0.3. Pure: floats in, an int out. """
+    a deviation around their mean give p = 0.3. Pure: floats in, an int out."""
 
     initial: int = 64
     maximum: int = 1024

@@ -4,7 +4,7 @@
 
 in fp32 with one rounding to the stored dtype, as written and not as a lerp, so that gamma 1 and 0 give the
 parents back bit for bit. Tensor by tensor from the two folders: never two whole models in memory. Parents
-that were trained as adapters are read as base + adapter, before any rounding. """
+that were trained as adapters are read as base + adapter, before any rounding."""
 
 from dataclasses import dataclass
 

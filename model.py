@@ -11,7 +11,7 @@ Shapes: B batch, T tokens, S keys, H query heads, G key/value heads, D head size
 
 Rows of different lengths are padded, and padding is a mask, never an id: `mask` (B, T) is True on real
 tokens, which stand without a gap in their row. A token's position counts the real tokens before it, so that
-padding on the left shifts nothing. """
+padding on the left shifts nothing."""
 
 import copy
 import math

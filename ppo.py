@@ -12,7 +12,7 @@ bootstrapped past it, because the score already judges the cut response (PPO_DET
 
 Shapes: B responses, P prompt columns, R response columns, C hidden size. A step's tensors over response
 tokens are (B, R) beside `response_mask`, which is True on real tokens, the ending EOS included. Where several
-processes share a step, `total` sums over them; for one process it is the identity. """
+processes share a step, `total` sums over them; for one process it is the identity."""
 
 import math
 import time
@@ -131,7 +131,7 @@ def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
     """A response to each prompt (id lists), never greedy, from the full distribution but `sampling.forbid`.
 
     With `sampling.eos_id` None every response runs to the limit; put EOS in `forbid` then, or it is sampled
-    as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout. """
+    as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout."""
     with gathered(actor):
         responses, sampled = sample_responses(actor, prompts, max_new_tokens, sampling, seed)
     prompt_tokens, prompt_mask = pad_left(prompts, actor.device)
@@ -209,7 +209,7 @@ def compute_gae(rewards, values, mask, gamma, lam):
 
     The value after the last real token is 0: the episode has ended. Returns (advantages, returns), neither
     whitened, 0 outside the mask, in the dtype given. Example: rewards 0 0 1, values .5 .5 .5, gamma = lam =
-    1: advantages .5 .5 .5, returns 1 1 1. """
+    1: advantages .5 .5 .5, returns 1 1 1."""
     mask = mask.bool()
     rewards = rewards.where(mask, 0.0)
     values = values.where(mask, 0.0)
@@ -284,10 +284,11 @@ class PPOTrainer(Trainer):
     """PPO on a list of `Prompt`s: `begin()`, and then `step()` as often as `options.steps` says.
 
     score(dialogues, responses) -> (B,), where a response is an id list. `limiter` is one of the controllers
-    of length.py. `sampling` with eos_id None and forbid=(EOS,) is the coarse stage: no ending, anywhere. """
+    of length.py. `sampling` with eos_id None and forbid=(EOS,) is the coarse stage: no ending, anywhere."""
 
-    CHANGES = (*Trainer.CHANGES, "actor_optimizer", "critic_optimizer", "limiter", "beta")
-    CHANGES += ("score_mean", "score_scale")
+    CHANGES = (
+        *Trainer.CHANGES, "actor_optimizer", "critic_optimizer", "limiter", "beta", "score_mean", "score_scale"
+    )  # fmt: skip
 
     def __init__(self, roles, prompts, score, limiter, sampling, options):
         super().__init__(prompts, options.seed)

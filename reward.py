@@ -4,7 +4,7 @@
 
 r is read at the last real token. An answer that ended and one that a limit cut must score differently, so
 training shows both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4,
-27). """
+27)."""
 
 import math
 from dataclasses import dataclass
@@ -190,7 +190,7 @@ class Scorer:
 
     A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text. A reward model
     with another tokenizer gets the text. A turn that ended with a stop string has ended: the reward model
-    knows an ending as EOS. System prompts are left out: the reward model was trained without. """
+    knows an ending as EOS. System prompts are left out: the reward model was trained without."""
 
     def __init__(self, model, tokenizer, policy_tokenizer=None, ends=True, max_length=1024):
         self.model = model

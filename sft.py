@@ -4,7 +4,7 @@
 
 with m = 1 on the tokens of the answers alone (their EOS included) when fine-tuning on instructions, and on
 every token of a document when pretraining. Documents never share a row, so that no token attends to another
-document. They are batched by length instead, which leaves little padding. """
+document. They are batched by length instead, which leaves little padding."""
 
 import math
 from dataclasses import dataclass

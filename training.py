@@ -52,6 +52,11 @@ def by_length(lengths, tokens, generator):
 # ---------------------------------------------------------------- logprobs
 
 
+def logit_rows(model):
+    """How many rows of logits exist at a time."""
+    return max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+
+
 def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
     """Logprobs (N,), fp32, of `ids` (N,) under the softmax of the logits after `hidden` (N, C), `forbid` left
     out. The logits (N, V) exist for a few rows at a time: backward computes them again."""
@@ -61,7 +66,7 @@ def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
         chosen = logits.gather(1, ids[:, None])[:, 0]
         return chosen - logits.logsumexp(-1)  # log_softmax is four times less exact on a CPU
 
-    rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+    rows = logit_rows(model)
     if len(ids) <= rows:
         return logprobs_of(hidden, ids)
     chunks = zip(hidden.split(rows), ids.split(rows))
@@ -71,7 +76,7 @@ def token_logprobs(model, hidden, ids, temperature=1.0, forbid=()):
 @torch.no_grad()
 def logprobs_and_entropy(model, hidden, ids, temperature=1.0, forbid=()):
     """`token_logprobs` and the entropy of each distribution in nats, (N,) each, without gradients."""
-    rows = max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+    rows = logit_rows(model)
     logprobs = []
     entropies = []
     for hidden_rows, id_rows in zip(hidden.split(rows), ids.split(rows)):
@@ -91,7 +96,7 @@ class Optimizer:
 
     Parameters of a smaller dtype are updated through fp32 copies: in bf16 an update of less than 1/256 of a
     weight would be rounded away. A step whose gradients are not finite is left out, since it would ruin
-    weights and moments for good. """
+    weights and moments for good."""
 
     WARMUP = 0.05
     FLOOR = 0.1

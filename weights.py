@@ -3,7 +3,7 @@
 In: Hugging Face's form (`config.json` of `mistral` or `llama` type, `model.safetensors` or shards with an
 index) and the form that Mistral distributes (`params.json`, `consolidated*.safetensors`), from a local folder
 or a hub id. Tensors are read one at a time, so that loading never holds two models. Out: Hugging Face's form,
-written to a temporary folder and renamed. Only safetensors and JSON are read, never a pickle. """
+written to a temporary folder and renamed. Only safetensors and JSON are read, never a pickle."""
 
 import os
 import re
@@ -320,7 +320,7 @@ def adapter_files(layers, head, source):
     """[(file name, content)] of adapters in the form of the peft library; [] where there are none.
 
     layers: {name: layer with A, B and scale}; head: the layer of a scalar model, or None; source: the base's
-    folder. """
+    folder."""
     if not layers or source is None:
         return []
     tensors = {}
@@ -387,7 +387,7 @@ def save_folder(folder, config, tensors, files=(), shard_bytes=4_000_000_000):
     `tensors` is an iterable of (name, tensor), taken one at a time and held only until a shard of
     `shard_bytes` is full. `files` stand beside them: paths to copy, or (name, content) pairs, where the
     content is a text, a dict for JSON, or {name: tensor} for safetensors. Of several processes the first
-    writes, and all help to gather. """
+    writes, and all help to gather."""
     if not processes.is_first():
         for _ in tensors:  # gathering a tensor takes all processes
             pass

@@ -4,7 +4,7 @@
                                       state.json              all else, strict JSON, naming the tensors
 
 A checkpoint is written under another name, synced to the disk and renamed; then the one before is deleted. No
-pickle: nothing in a checkpoint can execute. """
+pickle: nothing in a checkpoint can execute."""
 
 import contextlib
 import json

@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import platform
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -214,6 +216,7 @@ class Run:
             interrupted = f"{self.checkpoints} has an interrupted run"
             raise InputError(f"--out: {interrupted}; {ways.format('goes on with it')}")
 
+    @functools.cached_property
     def models(self):
         """{folder: fingerprint} of the models that the stage reads."""
         paths = [self.options.model, self.options.reward_model, self.options.sft_model]
@@ -222,7 +225,7 @@ class Run:
         return {str(folder): fingerprint(folder) for folder in folders}
 
     def compare_models(self):
-        if self.state["models"] != self.models():
+        if self.state["models"] != self.models:
             other = "the interrupted run read other models than are there now; --overwrite starts anew"
             raise InputError(f"{self.checkpoints}: {other}")
         if self.state["versions"] != versions():
@@ -335,7 +338,7 @@ class Run:
     def end(self, signals, is_stopped, failures):
         saved = f"{self.checkpoints} has all of it, the same command with --resume goes on"
         if is_stopped:
-            raise Stopped(f"stopped after step {self.done}; {saved}", signals[0] if signals else 15)
+            raise Stopped(f"stopped after step {self.done}; {saved}", signals[0] if signals else signal.SIGTERM)
         if failures:
             reason = f"{failures} steps in a row had gradients that are not finite, so nothing was learnt"
             raise Failed(f"{self.stage}: {reason}; lower the learning rate, look at the scores; {saved}")
@@ -346,7 +349,7 @@ class Run:
         state = {
             "options": dataclasses.asdict(self.options),
             "versions": versions(),
-            "models": self.models(),
+            "models": self.models,
             "lines": {name: self.count_lines(name) for name in LOGS},
             "random": checkpoint.random_state(),
             "trainer": trainer.state_dict(),
@@ -367,7 +370,7 @@ class Run:
         was made with the same options, models and `folders`."""
         path = self.checkpoints / f"{name}.json"
         options = {key: v for key, v in as_json(self.options).items() if key not in (*FREE, *ROUNDING)}
-        models = self.models() | {str(folder): fingerprint(locate(folder)) for folder in folders}
+        models = self.models | {str(folder): fingerprint(locate(folder)) for folder in folders}
         inputs = {"options": options, "models": models}
         if self.options.resume and path.exists():
             content = read_json(path)

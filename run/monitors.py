@@ -2,7 +2,7 @@
 
 A monitor looks at the metrics of the last few steps together, so that one odd batch does not set it off. Its
 warning says what is wrong and what helps. It is printed once, and its name stands under "warnings" in
-metrics.jsonl at every step at which it holds. """
+metrics.jsonl at every step at which it holds."""
 
 import math
 from statistics import fmean, stdev

@@ -9,7 +9,7 @@ Gradients are summed, for every loss is already divided by the `total` number of
 weights lie in N parts and are gathered while it computes, so all processes make the same forward passes at
 the same time; `gathered` keeps them whole while each process decodes at its own pace. Weights that adapters
 share stay whole: they are not trained. Process 0 alone writes and prints. Folders and checkpoints are those
-of one process, so that a run goes on with another number of them. """
+of one process, so that a run goes on with another number of them."""
 
 import contextlib
 import os
