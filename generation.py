@@ -7,6 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from support.files import InputError
 from support.processes import WORLD
 
 CHECK_EVERY = 8  # tokens between two looks at which responses have ended; each look waits for the device
+PREFILL_TOKENS = 2**13  # tokens of prompts that run at a time, which bounds the memory that they take
 
 
 def visible(query_columns, key_columns, key_mask, window):
@@ -56,7 +58,6 @@ class Cache:
 
     def reset(self):
         """Empty again, with all its rows."""
-        self.columns = 0
         self.rows = len(self.positions)
         self.bias.fill_(float("-inf"))
         self.positions.zero_()
@@ -79,17 +80,17 @@ class Cache:
         positions = self.positions[:n, None].clone()
         self.positions[:n] += 1
         self.column += 1
-        self.columns += 1
         return positions, self.bias[:n, None, None]
 
     def _advance_many(self, mask):
         n, T = mask.shape
         device = mask.device
-        self.earlier = min(self.columns, self.size)  # slots that hold a column
+        start = int(self.column)
+        self.earlier = min(start, self.size)  # slots that hold a column
         positions = (self.positions[:n, None] + mask.cumsum(1) - 1).clamp_min(0)
-        columns = torch.arange(self.columns, self.columns + T, device=device)
+        columns = torch.arange(start, start + T, device=device)
         slots = torch.arange(self.earlier, device=device)
-        newest = self.columns - 1
+        newest = start - 1
         held_columns = newest - (newest - slots) % self.size  # slot s: the newest that is s modulo size
         real = torch.cat((self.bias[:n, : self.earlier] == 0, mask), 1)
         attention_mask = visible(columns, torch.cat((held_columns, columns)), real, self.window)
@@ -97,8 +98,7 @@ class Cache:
         bias = torch.zeros(n, T, device=device, dtype=self.bias.dtype).masked_fill(~mask, float("-inf"))
         self.bias[:n, self.slots] = bias[:, -self.size :]
         self.positions[:n] += mask.sum(1)
-        self.columns += T
-        self.column.fill_(self.columns)
+        self.column += T
         return positions, attention_mask
 
     def update(self, layer, k, v):
@@ -182,8 +182,14 @@ def shape_logits(logits, temperature, forbid=()):
     if temperature not in (0, 1):
         logits = logits / temperature
     if len(forbid):
-        logits = logits.index_fill(-1, torch.as_tensor(forbid, device=logits.device), float("-inf"))
+        logits = logits.index_fill(-1, ids_on(logits.device, tuple(forbid)), float("-inf"))
     return logits
+
+
+@lru_cache(maxsize=8)
+def ids_on(device, ids):
+    """A tuple of ids as a tensor on a device, copied there once and not at every token."""
+    return torch.tensor(ids, device=device)
 
 
 def sample(logits, temperature, top_p, generator):
@@ -213,8 +219,8 @@ def keep_top(probs, top_p):
 
 class Decoder:
     """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded
-    as a CUDA graph for each number of rows, and replayed. The buffers are kept for the model's next call, and
-    have room for a multiple of 256 columns, so that a moving length limit seldom asks for new ones."""
+    as a CUDA graph for each number of rows, and replayed. Its buffers have room for a multiple of 256 columns,
+    so that a moving length limit seldom asks for new ones."""
 
     BY_MODEL = weakref.WeakKeyDictionary()  # model -> its decoder on a GPU, which dies with the model
 
@@ -222,6 +228,7 @@ class Decoder:
         self.device = model.device
         self.dtype = model.lm_head.weight.dtype
         self.graphed = self.device.type == "cuda" and WORLD == 1  # a graph cannot follow weights in parts
+        self.model = twin_of_one_dtype(model) if self.graphed else model
         columns = -(-columns // 256) * 256 if self.graphed else columns
         self.shape = (batch, columns)
         self.cache = Cache(model.config, batch, columns, self.device, self.dtype)
@@ -234,9 +241,10 @@ class Decoder:
         decoder = cls.BY_MODEL.pop(model, None)
         if decoder is None or not decoder.fits(model, batch, columns):
             decoder = None  # free the old cache before the new one is made
-            decoder = cls(model, batch, columns)
-        if decoder.graphed:
-            cls.BY_MODEL[model] = decoder
+            return cls(model, batch, columns)
+        for own, parameter in zip(decoder.model.parameters(), model.parameters()):
+            if own is not parameter:
+                own.copy_(parameter)
         decoder.cache.reset()
         return decoder
 
@@ -244,43 +252,54 @@ class Decoder:
         same_place = (self.device, self.dtype) == (model.device, model.lm_head.weight.dtype)
         return same_place and self.shape[0] == batch and columns <= self.shape[1] < columns + 256
 
-    def prefill(self, model, tokens, mask):
-        """Logits (B, V) after prompts (B, P)."""
-        return model.lm_head(model.model(tokens, mask, self.cache)[:, -1])
+    def keep_for(self, model):
+        """Keeps buffers and graphs for the model's next call, unless the cache is large: training needs the
+        room more than a second's recording."""
+        if self.graphed:
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            if self.cache.keys.nbytes + self.cache.values.nbytes <= memory / 16:
+                self.BY_MODEL[model] = self
 
-    def step(self, model, ids):
+    def prefill(self, tokens, mask):
+        """Logits (B, V) after prompts (B, P), which run a few columns at a time."""
+        width = max(1, PREFILL_TOKENS // len(tokens))
+        for part, part_mask in zip(tokens.split(width, 1), mask.split(width, 1)):
+            hidden = self.model.model(part, part_mask, self.cache)
+        return self.model.lm_head(hidden[:, -1])
+
+    def step(self, ids):
         """Logits (rows, V) after one more id (rows,)."""
         n = self.cache.rows
         self.tokens[:n, 0] = ids
         if not self.graphed:
-            return self._forward(model)
+            return self._forward()
         if n not in self.graphs:
-            self.graphs[n] = self._record(model)
+            self.graphs[n] = self._record()
         graph, logits = self.graphs[n]
         graph.replay()
         return logits
 
-    def _forward(self, model):
-        return model.lm_head(model.model(self.tokens[: self.cache.rows], None, self.cache)[:, -1])
+    def _forward(self):
+        return self.model.lm_head(self.model.model(self.tokens[: self.cache.rows], None, self.cache)[:, -1])
 
-    def _record(self, model):
+    def _record(self):
         state = (self.cache.bias, self.cache.positions, self.cache.column)
         before = [tensor.clone() for tensor in state]
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._forward(model)  # a library sets itself up at its first call; that must not be recorded
+            self._forward()  # a library sets itself up at its first call; that must not be recorded
         torch.cuda.current_stream(self.device).wait_stream(stream)
         for tensor, value in zip(state, before):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._forward(model)
+        with torch.cuda.graph(graph, stream=stream):
+            logits = self._forward()
         return graph, logits
 
     def shrink(self, ended):
         """Lets sequences that have ended (rows,) leave the batch, where that is worth a copy of the cache.
-        Returns the indices of those that stay, or None for all."""
+        Returns the indices of those that stay, or None for all. Both are on the CPU."""
         n = len(ended)
         size = int((~ended).sum())
         if self.graphed:
@@ -288,8 +307,19 @@ class Decoder:
         if size > n * (0.5 if self.graphed else 0.75):
             return None
         stay = ended.int().argsort(stable=True)[:size].sort().values
-        self.cache.keep(stay)
+        self.cache.keep(stay.to(self.device))
         return stay
+
+
+def twin_of_one_dtype(model):
+    """The model with the very same weights, but for adapters, which are cast to the dtype of the weights: once
+    a call, and not at every token."""
+    dtype = model.lm_head.weight.dtype
+    parameters = {}
+    for parameter in model.parameters():
+        same = parameter.dtype == dtype
+        parameters[id(parameter)] = parameter if same else torch.nn.Parameter(parameter.to(dtype))
+    return copy.deepcopy(model, parameters)
 
 
 @torch.no_grad()
@@ -317,11 +347,14 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
     B, P = prompt_tokens.shape
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
-    lengths = torch.full((B,), max_new_tokens, device=device)
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
     rows = torch.arange(B, device=device)  # the responses that are still in the batch
+    # What decides how it goes on is on the CPU: a step that waits for nothing lets the GPU run ahead.
+    responses = torch.zeros(B, max_new_tokens, dtype=torch.long)
+    lengths = torch.full((B,), max_new_tokens)
+    ended = torch.zeros(B, dtype=torch.bool)
+    batch_rows = torch.arange(B)
     decoder = Decoder.of(model, B, P + max_new_tokens)
-    logits = decoder.prefill(model, prompt_tokens, prompt_mask)
+    logits = decoder.prefill(prompt_tokens, prompt_mask)
     for t in range(max_new_tokens):
         logits = shape_logits(logits, sampling.temperature, sampling.forbid)
         ids, chosen = sample(logits, sampling.temperature, sampling.top_p, generator)
@@ -330,22 +363,24 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
         is_last = t + 1 == max_new_tokens
         if is_last or t % CHECK_EVERY == CHECK_EVERY - 1:
             first = t // CHECK_EVERY * CHECK_EVERY
-            mark_ends(tokens[:, : t + 1], first, ended, lengths, sampling)
+            responses[:, first : t + 1] = tokens[:, first : t + 1].cpu()
+            mark_ends(responses[:, : t + 1], first, ended, lengths, sampling)
             if is_last or ended.all():
                 break
-            stay = decoder.shrink(ended[rows])
+            stay = decoder.shrink(ended[batch_rows])
             if stay is not None:
-                rows = rows[stay]
-                ids = ids[stay]
-        logits = decoder.step(model, ids)
-    return cut(tokens, lengths), cut(logprobs, lengths)
+                batch_rows = batch_rows[stay]
+                rows = batch_rows.to(device)
+                ids = ids[stay.to(device)]
+        logits = decoder.step(ids)
+    decoder.keep_for(model)
+    return cut(responses, lengths), cut(logprobs, lengths)
 
 
 def mark_ends(tokens, first, ended, lengths, sampling):
     """Marks in `ended` and `lengths` (B,) which responses end in the columns of tokens (B, t) from `first`
-    on."""
-    eos_ids = torch.as_tensor(sampling.eos_ids, device=tokens.device)
-    hits = torch.isin(tokens[:, first:], eos_ids) & ~ended[:, None]
+    on. All are on the CPU."""
+    hits = torch.isin(tokens[:, first:], torch.tensor(sampling.eos_ids)) & ~ended[:, None]
     hit_rows = hits.any(1)
     lengths[hit_rows] = first + hits[hit_rows].int().argmax(1) + 1
     if sampling.stop is not None:

@@ -23,8 +23,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from generation import generate, visible  # noqa: F401  (`generate` is part of this module's contract)
-from support.cpu import linear
 from support.processes import whole
+from support.products import linear, linear_fp32
 from weights import Weights, adapter_files, locate, save_folder
 
 
@@ -110,7 +110,10 @@ class Linear(nn.Linear):
         y = linear(x, self.weight)
         if self.A is None:
             return y
-        return y + F.linear(F.linear(x, self.A.to(x.dtype)) * self.scale, self.B.to(x.dtype))
+        low = F.linear(x, self.A.to(x.dtype)).flatten(0, -2)  # (N, rank)
+        rows = y.flatten(0, -2)  # (N, outputs)
+        out = None if torch.is_grad_enabled() else rows  # in place saves a copy
+        return torch.addmm(rows, low, self.B.to(x.dtype).T, alpha=self.scale, out=out).view_as(y)
 
     def folded(self):
         """W + scale B A, in W's dtype with one rounding."""
@@ -119,7 +122,18 @@ class Linear(nn.Linear):
         return (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
 
 
+class Head(Linear):
+    """W x in fp32, whatever W is: differences of logits are what training and sampling look at."""
+
+    def forward(self, x):
+        return linear_fp32(x, self.weight)
+
+
 # ---------------------------------------------------------------- attention
+
+# torch prefers cuDNN's kernel on some GPUs. It makes a plan for each new shape, and PPO's shapes change with every
+# minibatch; with a mask it has given gradients that are not numbers.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def rotary(positions, head_dim, theta):
@@ -166,8 +180,19 @@ class Attention(nn.Module):
         elif mask is None and self.window is not None and T > self.window:
             y = banded_attention(q, k, v, self.window)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != G)
+            y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
+
+
+def attend(q, k, v, mask=None):
+    """Attention of q (B, H, T, D) to k and v (B, G, S, D), causal where there is no mask. On a GPU grouped heads
+    have a fast kernel in 16 bits and without a mask alone; elsewhere each query head gets keys of its own."""
+    H, G = q.shape[1], k.shape[1]
+    if H != G and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        k = k.repeat_interleave(H // G, 1)
+        v = v.repeat_interleave(H // G, 1)
+        G = H
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != G)
 
 
 def banded_attention(q, k, v, window):
@@ -180,9 +205,7 @@ def banded_attention(q, k, v, window):
         first = max(0, start - window + 1)
         end = min(start + window, T)
         mask = visible(columns[start:end], columns[first:end], None, window)
-        keys = k[:, :, first:end]
-        values = v[:, :, first:end]
-        blocks.append(F.scaled_dot_product_attention(q[:, :, start:end], keys, values, mask, enable_gqa=True))
+        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
     return torch.cat(blocks, 2)
 
 
@@ -284,7 +307,7 @@ class Model(nn.Module):
 
 
 class Mistral(Model):
-    """The language model: `model(tokens)` (B, T) -> logits (B, T, V)."""
+    """The language model: `model(tokens)` (B, T) -> logits (B, T, V), fp32."""
 
     architecture = "ForCausalLM"
     config_entries = {}
@@ -292,12 +315,15 @@ class Mistral(Model):
 
     def __init__(self, config, trunk=None):
         super().__init__(config, trunk)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.tie()
 
     def tie(self):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def cast(self, dtype):
+        return self.to(dtype)
 
     def forward(self, tokens, mask=None, cache=None):
         return self.lm_head(self.model(tokens, mask, cache))
@@ -313,23 +339,32 @@ class ScalarModel(Model):
 
     def __init__(self, config, trunk=None):
         super().__init__(config, trunk)
-        self.head = Linear(config.hidden_size, 1)
+        self.head = Head(config.hidden_size, 1)
 
     def tie(self):
         pass
+
+    def cast(self, dtype):
+        """The trunk in `dtype`. The head stays in fp32: in bf16 one pair in thirty would have equal scores."""
+        self.model.to(dtype)
+        return self
 
     @classmethod
     def over(cls, base):
         """A scalar model on the trunk of a `Mistral`, which it shares, under a new head, which is zero."""
         model = cls(base.config, base.model)
-        model.head.to(device=base.device, dtype=base.lm_head.weight.dtype)
+        model.head.to(base.device)
         nn.init.zeros_(model.head.weight)
         model.source = base.source
         return model
 
     def forward(self, tokens, mask=None):
         """tokens (B, T), mask (B, T) -> values (B, T), fp32."""
-        return self.head(self.model(tokens, mask))[..., 0].float()
+        return self.values(self.model(tokens, mask))
+
+    def values(self, hidden):
+        """Hidden states (..., C) -> one number each, fp32."""
+        return self.head(hidden.to(self.head.weight.dtype))[..., 0]
 
 
 def adapted(model, rank, alpha, generator=None):
@@ -370,7 +405,7 @@ def load(cls, path_or_id, device, dtype, optional=()):
     weights = Weights(locate(path_or_id))
     with torch.device("meta"):
         model = cls(Config.from_dict(weights.config))
-    model.to(dtype).to_empty(device=device)
+    model.cast(dtype).to_empty(device=device)
     model.tie()
     shapes = {name: tuple(p.shape) for name, p in named_tensors(model)}
     weights.check_shapes(shapes, optional)

@@ -181,7 +181,7 @@ def response_values(critic, batch):
     """Values (B, R), fp32, of the states that the response tokens were chosen in: the same slice as the
     logprobs."""
     hidden = response_hidden(critic.model, batch)
-    return place(critic.head(hidden)[:, 0].float(), batch.response_mask)
+    return place(critic.values(hidden), batch.response_mask)
 
 
 # ---------------------------------------------------------------- rewards and advantages
@@ -317,7 +317,7 @@ class PPOTrainer(Trainer):
         parts = []
         for _ in range(math.ceil(64 / self.options.batch)):
             prompts, batch = self.sample()
-            parts.append(self.score([prompt.dialogue for prompt in prompts], batch.responses()))
+            parts.append(self.raw_scores(prompts, batch.responses()))
         scores = torch.cat(parts).double()
         if not scores.isfinite().all():
             raise InputError("the score function gave a number that is not finite (NaN or infinite)")
@@ -335,6 +335,11 @@ class PPOTrainer(Trainer):
         seed = int(torch.randint(2**62, (1,), generator=self.generator)) + RANK
         return prompts, rollout(self.actor, [p.ids for p in prompts], self.limiter.limit, self.sampling, seed)
 
+    @torch.no_grad()
+    def raw_scores(self, prompts, responses):
+        """Scores (B,) as the score function gives them, on the actor's device."""
+        return self.score([prompt.dialogue for prompt in prompts], responses).to(self.actor.device)
+
     def step(self):
         """One PPO step. Returns (metrics, samples): floats by name, and a `Sample` of each response."""
         options = self.options
@@ -345,10 +350,8 @@ class PPOTrainer(Trainer):
         mask = batch.response_mask
         generation_seconds = time.perf_counter() - start
         # 2  s = score(x, y), standardized by the reference's mean and deviation; then the length term
-        dialogues = [prompt.dialogue for prompt in prompts]
         responses = batch.responses()
-        scores = self.score(dialogues, responses).to(mask.device)  # (B,)
-        scores = (scores - self.score_mean) / self.score_scale
+        scores = (self.raw_scores(prompts, responses) - self.score_mean) / self.score_scale  # (B,)
         shaped = shape_scores(scores, mask.sum(1), batch.truncated, limit, options)
         # 3  log pi, log pi_ref and V of every response token, before the update
         with torch.no_grad():
@@ -369,6 +372,7 @@ class PPOTrainer(Trainer):
         metrics |= describe_step(batch, scores, shaped, kl, entropy)
         metrics |= {"kl_coefficient": beta, "length_limit": limit, "p_extend": self.limiter.p_extend}
         metrics |= describe_speed(metrics, time.perf_counter() - start, generation_seconds, mask.device)
+        dialogues = [prompt.dialogue for prompt in prompts]
         samples = zip(dialogues, responses, scores.tolist(), kl.sum(1).tolist())
         return metrics, [Sample(*sample) for sample in samples]
 

@@ -79,7 +79,7 @@ class RewardModel(ScalarModel):
         last = (places * mask).amax(1)  # (B,)
         on_the_right = bool(mask[:, 0].all())  # causal attention then needs no mask
         hidden = self.model(tokens, None if on_the_right else mask)  # (B, T, C)
-        return self.head(hidden[torch.arange(len(tokens), device=tokens.device), last])[:, 0].float()
+        return self.values(hidden[torch.arange(len(tokens), device=tokens.device), last])
 
     @torch.no_grad()
     def score_rows(self, rows, batch_tokens=16384):

@@ -4,6 +4,7 @@ with its schedule, and the base of the trainers."""
 import math
 import zlib
 from dataclasses import dataclass
+from functools import partial
 
 import numpy
 import torch
@@ -94,8 +95,8 @@ class Optimizer:
     """AdamW over what is trainable in a model: linear warm-up over 5% of the steps, then a cosine down to a
     tenth of the learning rate, weight decay on matrices alone.
 
-    Parameters of a smaller dtype are updated through fp32 copies: in bf16 an update of less than 1/256 of a
-    weight would be rounded away. A step whose gradients are not finite is left out, since it would ruin
+    Parameters of a smaller dtype are updated through fp32 copies, which add up their gradients too: in bf16 an
+    update of less than 1/256 of a weight would be rounded away. A step whose gradients are not finite is left out, since it would ruin
     weights and moments for good."""
 
     WARMUP = 0.05
@@ -108,6 +109,9 @@ class Optimizer:
         self.updates = 0
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
+        for parameter, master in zip(self.parameters, self.masters):
+            if master is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(add_gradient, master))
         groups = {}  # fused AdamW cannot mix DTensors and plain tensors in a group
         for master in self.masters:
             groups.setdefault((master.dim() > 1, processes.is_part(master)), []).append(master)
@@ -126,19 +130,15 @@ class Optimizer:
     def step(self):
         """One update along the gradients, which are freed. Returns the norm that they had; where it is not
         finite there was no update."""
-        norm = processes.clip_gradients(self.parameters, self.max_grad_norm)
+        norm = processes.clip_gradients(self.masters, self.max_grad_norm)
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = self.lr * self.scale()
-            for parameter, master in zip(self.parameters, self.masters):
-                if master is not parameter:
-                    master.grad = None if parameter.grad is None else parameter.grad.float()
-                    parameter.grad = None
             self.adam.step()
             self.updates += 1
             self._write_back()
-        for tensor in (*self.parameters, *self.masters):
-            tensor.grad = None
+        for master in self.masters:
+            master.grad = None
         return norm
 
     @torch.no_grad()
@@ -168,6 +168,13 @@ class Optimizer:
                 self.adam.state[master][name] = value
         self._write_back()
         self.updates = state["updates"]
+
+
+def add_gradient(master, parameter):
+    """Moves the gradient of one backward pass to the fp32 copy of its parameter."""
+    gradient = parameter.grad.float()
+    master.grad = gradient if master.grad is None else master.grad + gradient
+    parameter.grad = None
 
 
 # ---------------------------------------------------------------- trainers

@@ -10,6 +10,7 @@ from itertools import combinations
 import pytest
 import torch
 
+import generation
 from generation import Cache, Sampling, pad_left, pad_right, sample, sample_responses, visible
 from model import Config, Mistral, generate, initialize, rotary, rotate
 from support.files import InputError
@@ -184,7 +185,9 @@ def test_bf16_stays_near_fp32(tmp_path):
     ours = opened(theirs, tmp_path, dtype=torch.bfloat16)
     tokens = random_tokens(3, T)
     logits = ours(tokens)
-    assert {p.dtype for p in ours.parameters()} == {logits.dtype} == {torch.bfloat16}
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    exact = ours.model(tokens).double() @ ours.lm_head.weight.double().T  # products are not rounded to bf16
+    torch.testing.assert_close(logits, exact.float(), rtol=1e-5, atol=1e-5)
     assert_close(logits.float(), theirs(tokens).logits, tolerance=0.05)
     ids, logprobs = sample_responses(ours, random_rows([9, 2]), 6, Sampling(temperature=0))
     assert [len(row) for row in ids] == [6, 6] and torch.tensor(logprobs).isfinite().all()
@@ -382,6 +385,14 @@ def test_a_cache_that_is_reset_knows_nothing_of_before(both):
             assert_close(logits[i, -len(row) :], logits_of(theirs, row))
         cache.keep(torch.tensor([1]))
         cache.reset()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 12, 40])
+def test_prompts_that_run_a_few_columns_at_a_time_give_the_same_text(both, tokens, monkeypatch):
+    ours, theirs = both
+    monkeypatch.setattr(generation, "PREFILL_TOKENS", tokens)
+    prompts = random_rows([11, 2, 7])
+    assert generate(ours, prompts, 9, temperature=0) == [greedy_of(theirs, p, 9) for p in prompts]
 
 
 def cut_at(row, ends):

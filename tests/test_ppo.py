@@ -51,7 +51,7 @@ def tiny(cls=Mistral, seed=0, dtype=torch.float32, vocab=V, sharpness=2.0, **con
     initialize(net, torch.Generator().manual_seed(seed))
     if cls is Mistral:
         net.lm_head.weight.data *= sharpness
-    return net.to(dtype).eval()
+    return net.cast(dtype).eval()
 
 
 def share_of_7(dialogues, responses):

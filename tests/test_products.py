@@ -1,26 +1,26 @@
-"""support/cpu.py against products in float64, and a model that uses it against itself without it."""
+"""support/products.py against products in float64, and a model that uses it against itself without it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from model import Config, Mistral, adapted, generate, initialize
-from support import cpu
+from support import products
 
-pytestmark = pytest.mark.skipif(cpu.multiply is None, reason="torch has no oneDNN here")
+pytestmark = pytest.mark.skipif(products.multiply is None, reason="torch has no oneDNN here")
 
 
 @pytest.fixture
 def calls(monkeypatch):
     """The shapes of x that oneDNN is asked for."""
     shapes = []
-    multiply = cpu.multiply
+    multiply = products.multiply
 
     def multiply_and_note(x, *arguments):
         shapes.append(tuple(x.shape))
         return multiply(x, *arguments)
 
-    monkeypatch.setattr(cpu, "multiply", multiply_and_note)
+    monkeypatch.setattr(products, "multiply", multiply_and_note)
     return shapes
 
 
@@ -36,7 +36,7 @@ def test_products_and_gradients_are_those_of_float64(shape, size, trained):
     exact_weight = weight.detach().double().requires_grad_()
     exact = exact_x @ exact_weight.T
     exact.backward(upstream.double())
-    y = cpu.linear(x, weight)
+    y = products.linear(x, weight)
     y.backward(upstream)
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(x.grad.double(), exact_x.grad, rtol=1e-4, atol=1e-3)
@@ -48,7 +48,7 @@ def test_products_and_gradients_are_those_of_float64(shape, size, trained):
 
 def test_a_frozen_weight_keeps_no_input(calls):
     x = torch.randn(9, 500, requires_grad=True)
-    y = cpu.linear(x * 1, torch.randn(600, 500))
+    y = products.linear(x * 1, torch.randn(600, 500))
     assert calls == [(9, 500)]
     assert y.grad_fn.saved_tensors[0] is None
 
@@ -62,7 +62,7 @@ def test_a_frozen_weight_keeps_no_input(calls):
 def test_what_is_not_worth_it_is_left_to_torch(calls, rows, size, dtype):
     x = torch.randn(rows, size[1], dtype=dtype)
     weight = torch.randn(size, dtype=dtype)
-    assert torch.equal(cpu.linear(x, weight), F.linear(x, weight))
+    assert torch.equal(products.linear(x, weight), F.linear(x, weight))
     assert not calls
 
 
@@ -84,8 +84,26 @@ def test_a_model_trains_and_decodes_as_with_torchs_products(monkeypatch, calls, 
 
     gradients, ids = train_and_decode()
     assert calls
-    monkeypatch.setattr(cpu, "multiply", None)
+    monkeypatch.setattr(products, "multiply", None)
     expected_gradients, expected_ids = train_and_decode()
     assert ids == expected_ids
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3)], ids=str)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_products_of_bf16_weights_are_fp32_and_their_gradients_are_rounded_once(shape, trained):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, 300, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(70, 300, generator=generator).bfloat16().requires_grad_(trained)
+    upstream = torch.randn(*shape, 70, generator=generator)
+    y = products.linear_fp32(x, weight)
+    y.backward(upstream)
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+    rounded = upstream.bfloat16().double()
+    tolerance = {"rtol": 2**-7, "atol": 2**-7}
+    torch.testing.assert_close(x.grad.double(), rounded @ weight.double(), **tolerance)
+    if trained:
+        exact = rounded.flatten(0, -2).T @ x.double().flatten(0, -2)
+        torch.testing.assert_close(weight.grad.double(), exact, **tolerance)

@@ -1,5 +1,8 @@
-"""Linear layers on a CPU: for large float32 weights oneDNN, which torch carries, is faster than torch's
-default, MKL (bench/README.md has the figures). Everywhere else this is F.linear."""
+"""Matrix products where torch's own are not the best at hand.
+
+`linear` is F.linear, but on a CPU for large float32 weights oneDNN, which torch carries and which is faster there
+than torch's default, MKL (bench/README.md has the figures). `linear_fp32` is F.linear in float32 of weights in
+bfloat16: a logit of 20 that is rounded to bfloat16 moves in steps of 0.125."""
 
 import torch
 import torch.nn.functional as F
@@ -44,3 +47,28 @@ def linear(x, weight):
         return F.linear(x, weight)
     x_rows = x.reshape(rows, -1).repeat(2 if rows == 1 else 1, 1)  # two rows are faster than one
     return (weight @ x_rows.T).T[:rows].reshape(*x.shape[:-1], -1)
+
+
+class ProductFP32(torch.autograd.Function):
+    """x W^T in float32, x (N, inputs) and W (outputs, inputs) in bfloat16. The gradient that comes back is
+    rounded once."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        if x.is_cuda:
+            return torch.mm(x, weight.T, out_dtype=torch.float32)
+        return x.float() @ weight.float().T
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        gradient = gradient.to(weight.dtype)
+        return gradient @ weight, None if x is None else gradient.T @ x
+
+
+def linear_fp32(x, weight):
+    """x (..., inputs), weight (outputs, inputs) -> (..., outputs) in float32."""
+    if weight.dtype != torch.bfloat16:
+        return linear(x, weight)
+    return ProductFP32.apply(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
