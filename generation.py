@@ -17,6 +17,8 @@ from support.processes import WORLD
 
 CHECK_EVERY = 8  # tokens between two looks at which responses have ended; each look waits for the device
 PREFILL_TOKENS = 2**13  # tokens of prompts that run at a time, which bounds the memory that they take
+COLUMNS = 256  # a GPU's cache has a multiple of them, so that a moving length limit seldom asks for a new one
+KEPT_SHARE = 1 / 16  # of a GPU's memory: a larger cache is freed after a rollout, for training needs the room
 
 
 def visible(query_columns, key_columns, key_mask, window):
@@ -177,7 +179,7 @@ class Sampling:
 
 def shape_logits(logits, temperature, forbid=()):
     """fp32 logits at a temperature, the ids in `forbid` at -inf: the one distribution that sampling, old, new
-    and reference logprobs share (PPO_DETAILS 8, 11, 26)."""
+    and reference logprobs share (docs/DETAILS.md 8, 11, 26)."""
     logits = logits.float()
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -219,8 +221,8 @@ def keep_top(probs, top_p):
 
 class Decoder:
     """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded
-    as a CUDA graph for each number of rows, and replayed. Its buffers have room for a multiple of 256 columns,
-    so that a moving length limit seldom asks for new ones."""
+    as a CUDA graph for each number of rows, and replayed. Its cache has room for a multiple of
+    `COLUMNS`."""
 
     BY_MODEL = weakref.WeakKeyDictionary()  # model -> its decoder on a GPU, which dies with the model
 
@@ -229,7 +231,7 @@ class Decoder:
         self.dtype = model.lm_head.weight.dtype
         self.graphed = self.device.type == "cuda" and WORLD == 1  # a graph cannot follow weights in parts
         self.model = twin_of_one_dtype(model) if self.graphed else model
-        columns = -(-columns // 256) * 256 if self.graphed else columns
+        columns = -(-columns // COLUMNS) * COLUMNS if self.graphed else columns
         self.shape = (batch, columns)
         self.cache = Cache(model.config, batch, columns, self.device, self.dtype)
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=self.device)
@@ -250,14 +252,14 @@ class Decoder:
 
     def fits(self, model, batch, columns):
         same_place = (self.device, self.dtype) == (model.device, model.lm_head.weight.dtype)
-        return same_place and self.shape[0] == batch and columns <= self.shape[1] < columns + 256
+        return same_place and self.shape[0] == batch and columns <= self.shape[1] < columns + COLUMNS
 
     def keep_for(self, model):
         """Keeps buffers and graphs for the model's next call, unless the cache is large: training needs the
         room more than a second's recording."""
         if self.graphed:
             memory = torch.cuda.get_device_properties(self.device).total_memory
-            if self.cache.keys.nbytes + self.cache.values.nbytes <= memory / 16:
+            if self.cache.keys.nbytes + self.cache.values.nbytes <= memory * KEPT_SHARE:
                 self.BY_MODEL[model] = self
 
     def prefill(self, tokens, mask):
@@ -285,7 +287,7 @@ class Decoder:
     def _record(self):
         state = (self.cache.bias, self.cache.positions, self.cache.column)
         before = [tensor.clone() for tensor in state]
-        stream = torch.cuda.Stream(self.device)
+        stream = recording_stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._forward()  # a library sets itself up at its first call; that must not be recorded
@@ -311,9 +313,15 @@ class Decoder:
         return stay
 
 
+@lru_cache
+def recording_stream(device):
+    """One for all recordings: torch keeps memory for each stream that products have run on."""
+    return torch.cuda.Stream(device)
+
+
 def twin_of_one_dtype(model):
-    """The model with the very same weights, but for adapters, which are cast to the dtype of the weights: once
-    a call, and not at every token."""
+    """The model with the very same weights, but for adapters, which are cast to the dtype of the weights:
+    once a call, and not at every token."""
     dtype = model.lm_head.weight.dtype
     parameters = {}
     for parameter in model.parameters():

@@ -1,17 +1,21 @@
 """What the bench scripts share: cases, random weights, child processes, timing, memory, machine, JSON.
 
-A measurement that needs a process of its own (for its peak memory, or a fresh allocator) runs the same script again
-with `--child NAME`: `run_child` starts it, `answer` hands its result back. The libraries that ours is measured beside
-are imported inside the functions that use them, so that each process loads what it measures and nothing else.
+A measurement that needs a process of its own (for its peak memory, or a fresh allocator) runs the same script
+again with `--child NAME`: `run_child` starts it, under a time limit, and `answer` hands its result back. The
+libraries that ours is measured beside are imported inside the functions that use them, so that each process
+loads what it measures and nothing else.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
 import resource
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,8 +25,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the product, and tests/smollm2.py, which makes that model's folder
-from model import Config, Mistral, initialize
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the product, and tests/smollm2.py, which makes a folder
+from model import Config, Mistral, RMSNorm, initialize
 from support.files import write_json
 from weights import read_config
 
@@ -36,17 +40,16 @@ MARK = "BENCH-ANSWER "  # begins the line in which a child answers
 # ---------------------------------------------------------------- models
 
 
-def random_model(config, device="cpu", dtype=torch.float32, seed=0):
-    """A Mistral of random weights, made on its device and in its dtype: nothing is read or copied."""
+def random_model(config, device="cpu", dtype=torch.float32, seed=0, cls=Mistral):
+    """A model of random weights, made on its device and in its dtype, as `from_pretrained` makes one."""
     with torch.device("meta"):
-        model = Mistral(config)
-    model.to(dtype).to_empty(device=device)
+        model = cls(config)
+    model.cast(dtype).to_empty(device=device)
     model.tie()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # a norm's weight
-                parameter.fill_(1.0)
-        return initialize(model, torch.Generator(device).manual_seed(seed)).eval()
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            torch.nn.init.ones_(module.weight)
+    return initialize(model, torch.Generator(device).manual_seed(seed)).eval()
 
 
 def shape_of(case):
@@ -80,17 +83,17 @@ def case_folder(case):
         sys.exit(f"smollm2: {error}")
 
 
-def as_transformers(model, kind="AutoModelForCausalLM", attention="sdpa", **settings):
-    """transformers' model around the very tensors of ours (or of a ScalarModel): no second copy of the weights."""
+def as_transformers(model, attention="sdpa"):
+    """transformers' model around the very tensors of ours: no second copy of the weights."""
     import transformers
 
-    dtype = model.model.norm.weight.dtype
-    entries = model.config.to_dict(model.architecture) | settings
+    entries = model.config.to_dict(model.architecture)
     config = transformers.AutoConfig.for_model(entries.pop("model_type"), **entries)
+    settings = {"dtype": model.lm_head.weight.dtype, "attn_implementation": attention}
     with torch.device(model.device):
-        theirs = getattr(transformers, kind).from_config(config, dtype=dtype, attn_implementation=attention)
-    tensors = {model.file_names.get(name, name): p.detach() for name, p in model.named_parameters()}
-    if config.tie_word_embeddings and hasattr(theirs, "lm_head"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, **settings)
+    tensors = {name: p.detach() for name, p in model.named_parameters()}
+    if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     theirs.load_state_dict(tensors, assign=True)
     theirs.tie_weights()
@@ -105,15 +108,69 @@ def linears(model):
 # ---------------------------------------------------------------- children
 
 
-def run_child(name, *arguments):
+def has_peer(options, package):
+    """Whether ours is to be measured beside this package. Where it is missing, a line says so."""
+    if options.alone:
+        return False
+    if importlib.util.find_spec(package) is None:
+        print(f"{package} is not installed: ours is measured alone", file=sys.stderr)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def leaving_out(peer):
+    """What goes wrong with a peer leaves one line, and ours goes on."""
+    try:
+        yield
+    except Exception as error:
+        print(f"{peer} is left out: {type(error).__name__}: {last_line(str(error))}", file=sys.stderr)
+
+
+def run_limited(command, limit):
+    """(exit status, stdout, stderr) of a command in the project's folder. One that takes more than `limit`
+    seconds is killed, its own children with it; its exit status is then None."""
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, process_group=0)
+    try:
+        stdout, stderr = process.communicate(timeout=limit)
+        return process.returncode, stdout, stderr
+    except subprocess.TimeoutExpired:
+        return None, "", f"stopped after {limit:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def run_child(name, *arguments, limit):
     """Runs this script again with its options, `--child NAME` and `arguments`, and returns what it answered.
-    RuntimeError, with the line that says what went wrong, where it fails."""
+    RuntimeError, with one line, where it fails or takes more than `limit` seconds."""
     command = [sys.executable, sys.argv[0], *sys.argv[1:], "--child", name, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True)
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{name}: stopped after {limit:.0f} s") from None
     answers = [line for line in process.stdout.splitlines() if line.startswith(MARK)]
     if process.returncode or not answers:
         raise RuntimeError(f"{name}: {last_line(process.stderr) or f'exit status {process.returncode}'}")
     return json.loads(answers[-1].removeprefix(MARK))
+
+
+def run_sides(sides, repeats, *arguments, limit):
+    """{side: answers of its children}: ours first, then a peer, ours again, ... A peer that fails leaves one
+    line and is not run again. RuntimeError where ours fails."""
+    runs = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side in list(runs):
+            try:
+                runs[side].append(run_child(side, *arguments, limit=limit))
+            except RuntimeError as error:
+                if side == "ours":
+                    raise
+                print(f"{side} is left out: {error}", file=sys.stderr)
+                del runs[side]
+    return runs
 
 
 def answer(value):
@@ -145,8 +202,8 @@ def seconds(call, device="cpu"):
 
 
 def interleave(work, runs, device="cpu", warmup=1):
-    """{name: seconds of each run} of {name: call}. The calls take turns, a, b, a, b, ..., so that a slow moment of the
-    machine meets all of them."""
+    """{name: seconds of each run} of {name: call}. The calls take turns, a, b, a, b, ..., so that a slow
+    moment of the machine meets all of them."""
     times = {name: [] for name in work}
     for run in range(-warmup, runs):
         for name, call in work.items():
@@ -166,8 +223,8 @@ def paired(ours, theirs):
 
 
 def peak_rss_gib():
-    """Peak resident memory of this process. VmHWM counts from its own start on. Where there is no /proc, ru_maxrss
-    takes its place, which may be that of the process that started this one."""
+    """Peak resident memory of this process. VmHWM counts from its own start on. Where there is no /proc,
+    ru_maxrss takes its place, which may be that of the process that started this one."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20
@@ -184,7 +241,7 @@ def reset_peak(device):
 
 
 def memory(device):
-    """{"peak_rss_gib"} of this process, and on a GPU "peak_gpu_gib": the tensors, without the allocator's cache."""
+    """{"peak_rss_gib"} of this process, and on a GPU "peak_gpu_gib", that of its tensors."""
     figures = {"peak_rss_gib": round(peak_rss_gib(), 3)}
     if torch.device(device).type == "cuda":
         figures["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
@@ -192,8 +249,8 @@ def memory(device):
 
 
 def bandwidth(device, gib=1.0, runs=7):
-    """Bytes/s of memory, the best of some runs. On a GPU a device-to-device copy, whose reads and writes both count; on
-    a CPU the sum of an array larger than any cache, or its product with a vector."""
+    """Bytes/s of memory, the best of some runs. On a GPU a device-to-device copy, whose reads and writes both
+    count; on a CPU the sum of an array larger than any cache, or its product with a vector."""
     count = int(gib * 2**30) // 4
     x = torch.ones(count // 4096, 4096, device=device)
     if torch.device(device).type == "cuda":
@@ -224,6 +281,7 @@ def new_parser(description, cases=("tiny", "smollm2"), folder=False):
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads of either side (default 1)")
     parser.add_argument("--json", default="", help="file to write")
+    parser.add_argument("--timeout", type=positive, default=1800, help="seconds of a child process")
     parser.add_argument("--child", default="", help=argparse.SUPPRESS)
     return parser
 

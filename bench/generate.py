@@ -1,25 +1,24 @@
-"""Generation beside transformers' `generate` (static cache), the same weights and prompts, interleaved runs; and how
-near it comes to what the machine can do.
+"""Generation beside transformers' `generate` (static cache), the same weights and prompts, interleaved runs;
+and how near it comes to what the machine can do.
 
     python bench/generate.py --case smollm2 --json bench/results/generate-smollm2.json
-    python bench/generate.py --case mistral-7b-random --device cuda --batch 1 64 --json bench/results/generate-7b.json
+    python bench/generate.py --case mistral-7b-random --device cuda --batch 1 64
 
-Greedy, EOS off, so that both do the same work; the texts are compared. A run generates one token (prefill) and then
---new tokens (all): decode is the difference of the two. Tokens/s, medians over the runs with least and greatest; a
-`ratio` is the median of the ratios run by run. On a GPU the prompt is 320 tokens and 128 are generated, hence a mean
-context of 384. Limits, measured here:
-  products   F.linear of all linear layers, the head included, at that batch, on the same weights and nothing else
-  bandwidth  weights and the cache at its mean length, once a step, over the bytes/s that this script measures (GPU:
-             device-to-device copy; CPU: reading an array larger than the caches)
+Greedy, EOS off, so that both do the same work; the texts are compared. A run generates one token (prefill)
+and then --new tokens (all): decode is the difference of the two. Tokens/s, medians over the runs with least
+and greatest; a `ratio` is the median of the ratios run by run. On a GPU the prompt is 320 tokens and 128 are
+generated, hence a mean context of 384. Limits, measured here:
+  products   F.linear of all linear layers and the head, at that batch, on the same weights and nothing else
+  bandwidth  weights and the cache at its mean length, once a step, over the bytes/s that this script measures
+             (GPU: device-to-device copy; CPU: reading an array larger than the caches)
 Shares: `share_of_products` = all / products, `decode_share_of_products`, `decode_share_of_bandwidth`, and
 `prefill_share_of_products` where the products have batch x prompt rows.
 """
 
-import sys
-
 import common
 import torch
 import torch.nn.functional as F
+from roofline import decode_bytes
 
 from model import generate
 
@@ -39,7 +38,7 @@ def generate_transformers(model, prompts, count):
 
 @torch.no_grad()
 def make_products(model, rows, head_rows):
-    """A function that multiplies each weight of the linear layers with `rows` rows, the head's with `head_rows`."""
+    """A function that multiplies the linear layers' weights with `rows` rows, the head's with `head_rows`."""
 
     def inputs(count, weight):
         return torch.randn(count, weight.shape[1], device=weight.device, dtype=weight.dtype)
@@ -56,14 +55,6 @@ def make_products(model, rows, head_rows):
         F.linear(head_inputs, head)
 
     return multiply
-
-
-def step_bytes(model, batch, context):
-    """Bytes that one decode step must read: every linear weight once, and each row's keys and values."""
-    config = model.config
-    keys = min(context, config.sliding_window or context)
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * keys * batch
-    return sum(w.nbytes for w in common.linears(model)) + numbers * model.lm_head.weight.element_size()
 
 
 def make_calls(models, options, prompts, texts):
@@ -116,7 +107,9 @@ def measure(models, options, batch, bytes_per_second):
     products = [batch * options.new / t for t in times["products"]]
     prefill_products = [batch * options.prompt / t for t in times["products prefill"]]
     row["products"] = common.spread(products)
-    row["bandwidth_limit"] = batch * bytes_per_second / step_bytes(ours, batch, options.prompt + options.new // 2)
+    size = ours.lm_head.weight.element_size()
+    least = decode_bytes(ours.config, batch, options.prompt + options.new // 2, size)
+    row["bandwidth_limit"] = batch * bytes_per_second / least
     row["share_of_products"] = common.paired(speed["ours"]["all"], products)["median"]
     row["decode_share_of_products"] = common.paired(speed["ours"]["decode"], products)["median"]
     row["decode_share_of_bandwidth"] = row["ours"]["decode"]["median"] / row["bandwidth_limit"]
@@ -141,12 +134,13 @@ def compare(speed, texts):
 
 def show(row):
     ours = row["ours"]
-    line = f"batch {row['batch']}: ours {ours['all']['median']:.0f} tok/s (decode {ours['decode']['median']:.0f}, "
-    line += f"prefill {ours['prefill']['median']:.0f})"
+    line = f"batch {row['batch']}: ours {ours['all']['median']:.0f} tok/s "
+    line += f"(decode {ours['decode']['median']:.0f}, prefill {ours['prefill']['median']:.0f})"
     if "transformers" in row:
         line += f", transformers {row['transformers']['all']['median']:.0f}, ratio {row['ratio']:.2f} "
         line += f"(decode {row['ratio_decode']:.2f}), same greedy text {row['same_text']:.0%}"
-    line += f"; of the bare products {row['share_of_products']:.0%} (decode {row['decode_share_of_products']:.0%})"
+    line += f"; of the bare products {row['share_of_products']:.0%} "
+    line += f"(decode {row['decode_share_of_products']:.0%})"
     print(f"{line}, of the bandwidth limit {row['decode_share_of_bandwidth']:.0%}", flush=True)
 
 
@@ -157,7 +151,7 @@ def parse_options(argv=None):
     add("--prompt", type=common.positive, help="tokens of a prompt (CPU 32, GPU 320)")
     add("--new", type=common.positive, help="tokens generated (CPU 64, GPU 128), 2 or more")
     add("--runs", type=common.positive, default=5)
-    add("--alone", action="store_true", help="without transformers")
+    add("--alone", action="store_true", help="without the peer")
     options = common.parse(parser, argv)
     options.prompt = options.prompt or (320 if options.device == "cuda" else 32)
     options.new = options.new or (128 if options.device == "cuda" else 64)
@@ -168,13 +162,20 @@ def parse_options(argv=None):
 
 def load_models(options):
     models = {"ours": common.load_model(options.case, options.device)}
-    if not options.alone:
-        try:
-            models["transformers"] = common.as_transformers(models["ours"])
-            models["transformers"].generation_config.eos_token_id = None
-        except ImportError as error:
-            print(f"transformers is missing, ours is measured alone: {error}", file=sys.stderr)
+    if common.has_peer(options, "transformers"):
+        with common.leaving_out("transformers"):
+            theirs = common.as_transformers(models["ours"])
+            theirs.generation_config.eos_token_id = None
+            models["transformers"] = theirs
     return models
+
+
+def measure_batch(models, options, batch, bytes_per_second):
+    """`measure` of both sides, or of ours alone where there is no peer or it fails."""
+    if "transformers" in models:
+        with common.leaving_out("transformers"):
+            return measure(models, options, batch, bytes_per_second)
+    return measure({"ours": models["ours"]}, options, batch, bytes_per_second)
 
 
 def main():
@@ -184,7 +185,7 @@ def main():
     print(f"memory: {speed / 1e9:.1f} GB/s")
     rows = []
     for batch in options.batch:
-        rows.append(measure(models, options, batch, speed))
+        rows.append(measure_batch(models, options, batch, speed))
         show(rows[-1])
     settings = {name: getattr(options, name) for name in ("case", "prompt", "new", "runs")}
     result = {**settings, "bytes_per_second": speed, "rows": rows, **common.memory(options.device)}

@@ -1,34 +1,37 @@
-"""PPO beside TRL 1.12 (`trl.experimental.ppo`): proves that both do the same work, then times it side by side.
+"""PPO beside TRL 1.12 (`trl.experimental.ppo`): proves that both do the same work, then times them.
 
     python bench/ppo_vs_trl.py --case tiny --epochs 1 --json bench/results/ppo-tiny-1.json
-    python bench/ppo_vs_trl.py --case smollm2 --epochs 1 --lora-rank 16 --json bench/results/ppo-smollm2-lora.json
+    python bench/ppo_vs_trl.py --case smollm2 --epochs 1 --lora-rank 16 --microbatch 4
 
-tiny: Mistral d64, 2 layers, V512, batch 16, prompts of 16 to 32 tokens, responses of 64; smollm2: SmolLM2-135M, batch
-8, prompts of 32 to 64, responses of 64; mistral-7b-random (GPU, bf16): batch 64, 256 + 256. Every step samples a
-response to each of the same prompts.
+tiny: Mistral d64, 2 layers, V512, batch 16, prompts of 16 to 32 tokens, responses of 64; smollm2:
+SmolLM2-135M, batch 8, prompts of 32 to 64, responses of 64; mistral-7b-random (GPU, bf16, ours alone): batch
+64, 256 + 256. Every step samples a response to each of the same prompts.
 
 Proof. TRL takes one step; the sequences that it sampled and its own `logprobs`, `ref_logprobs`, `values`,
-`advantages` (whitened), `returns`, scores and losses are taken out of its `train` at the end of that step. Then our
-trainer takes its first step on the same sequences from the same weights. `max_abs_diff` is the largest difference
-of the first four with weights in float64 (7B: bfloat16); `max_abs_diff_fp32` in float32, as timed; `differences_*`
-have all, the losses and weights after the update among them. On SmolLM2 float32 itself is the limit: both sides lie
-about 3e-5 from a float64 run, at logits near 40. With full training the reference is the policy with noise, so that
-the KL in the rewards is not 0; with LoRA it is the base.
+`advantages` (whitened), `returns`, scores and losses are taken out of its `train` at the end of that step.
+Then our trainer takes its first step on the same sequences from the same weights. `max_abs_diff` is the
+largest difference of the first four with weights in float64; `max_abs_diff_fp32` in float32, as timed;
+`differences_*` have all, the losses and weights after the update among them. On SmolLM2 float32 itself is the
+limit: both sides lie about 3e-5 from a float64 run, at logits near 40. With full training the reference is
+the policy with noise, so that the KL in the rewards is not 0; with LoRA it is the base.
 
-Timing. ours, trl, ours, trl, ..., each in a process of its own: one step to warm up, then `--steps`. Medians over all
-steps; `ratio` is the median of the ratios pair by pair. Peak RSS is each process's own.
+Timing. ours, trl, ours, trl, ..., each in a process of its own: one step to warm up, then `--steps`. Medians
+over all steps; `ratio` is the median of the ratios pair by pair. Peak RSS is each process's own. Where TRL is
+not installed, or fails, ours is measured alone: the result then has neither `trl` nor `ratio`, and a line
+says so.
 
-The same on both sides: weights of policy, reference, reward model (trunk and random head) and value model (the
-policy's trunk, another random head); prompts and their padding, length, temperature 1, no stop token and no EOS;
-one minibatch of all rows (--microbatch on both), epochs; kl 0.05 (k1), gamma 1, lambda 0.95, advantages whitened (with
-Bessel's correction), rewards not; clip 0.2 for ratio and value, value loss with weight 1; AdamW (fused), lr, betas,
-eps, no decay, constant lr; LoRA on the seven linear layers with alpha 2r, its score head trained. The first step's
-logprobs, scores, losses prove it.
-Not the same: random numbers; TRL's ratio is taken against the sampler's own logprobs, ours against those of a further
-forward pass, which also computes the entropy that we log; we clip gradients by norm (here at 1e9, so the norm is
-computed and nothing clipped), TRL's PPO has no clipping; LoRA's random A; TRL divides logits by 1 + 1e-7, and means
-losses over a microbatch where we mean over the minibatch (alike at these fixed lengths). Our calibration of the score
-(`begin`, once, before the first step) is left out as is TRL's start-up, so the score's mean and deviation are 0 and 1.
+The same on both sides: weights of policy, reference, reward model (trunk and random head) and value model
+(the policy's trunk, another random head); prompts and their padding, length, temperature 1, no stop token and
+no EOS; one minibatch of all rows (--microbatch on both), epochs; kl 0.05 (k1), gamma 1, lambda 0.95,
+advantages whitened (with Bessel's correction), rewards not; clip 0.2 for ratio and value, value loss with
+weight 1; AdamW (fused), lr, betas, eps, no decay, constant lr; LoRA on the seven linear layers with alpha 2r,
+its score head trained. The first step's logprobs, scores, losses prove it.
+Not the same: random numbers; TRL's ratio is taken against the sampler's own logprobs, ours against those of a
+further forward pass, which also computes the entropy that we log; we clip gradients by norm (here at 1e9, so
+the norm is computed and nothing clipped), TRL's PPO has no clipping; LoRA's random A; TRL divides logits by
+1 + 1e-7, and means losses over a microbatch where we mean over the minibatch (alike at these fixed lengths).
+Our calibration of the score (`begin`, once, before the first step) is left out as is TRL's start-up, so the
+score's mean and deviation are 0 and 1.
 """
 
 import contextlib
@@ -52,7 +55,6 @@ from generation import Sampling
 from length import FixedLimit
 from model import Mistral, ScalarModel, adapted
 from reward import RewardModel
-from weights import Weights
 
 CASES = {  # batch, prompt, response
     "tiny": (16, 32, 64),
@@ -61,7 +63,10 @@ CASES = {  # batch, prompt, response
 }
 HEAD_SEEDS = {"reward": 0, "critic": 1}
 SETTINGS = {"lr": 1e-5, "betas": (0.9, 0.95), "eps": 1e-5, "kl": 0.05, "gamma": 1.0, "lam": 0.95, "clip": 0.2}
-COMPARED = ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight")
+COMPARED = (
+    "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"
+)  # fmt: skip
+PROOF = ("logprobs", "ref_logprobs", "values", "advantages")  # the quantities of `max_abs_diff`
 
 
 def make_prompts(options, vocabulary):
@@ -79,14 +84,11 @@ def make_prompts(options, vocabulary):
 
 
 def export(options, folder):
-    """Writes policy, reference, critic and reward as model folders that both sides read. 7B is not written: each
-    process makes it from the same seed on the device."""
-    if options.case == common.RANDOM_7B:
-        return
+    """Writes policy, reference, critic and reward as model folders that both sides read."""
     policy = common.load_model(options.case)
     policy.save_pretrained(folder / "policy")
-    for name, seed in HEAD_SEEDS.items():
-        RewardModel.from_base(folder / "policy", seed=seed).save_pretrained(folder / name)
+    for name in HEAD_SEEDS:
+        with_head(RewardModel.over(policy), name).save_pretrained(folder / name)
     if not options.lora_rank:
         with torch.no_grad():
             g = torch.Generator().manual_seed(2)
@@ -95,29 +97,13 @@ def export(options, folder):
         policy.save_pretrained(folder / "reference")
 
 
-def load(options, folder, cls, name):
-    """Our model of that name, in the case's dtype on its device."""
-    if options.case != common.RANDOM_7B:
-        return cls.from_pretrained(folder / name, options.device, getattr(torch, options.dtype))
-    policy = common.load_model(options.case, options.device)
-    if cls is Mistral:
-        return policy
-    return with_head(cls.over(policy), scalar_head(options, folder, name, policy.config.hidden_size))
-
-
-def with_head(model, weight):
-    """The scalar model with this weight (1, C) in its head."""
+def with_head(model, name):
+    """The critic or the reward model with random values in its head, by its name's seed."""
+    g = torch.Generator().manual_seed(HEAD_SEEDS[name])
+    size = model.config.hidden_size
     with torch.no_grad():
-        model.head.weight.copy_(weight)
+        model.head.weight.copy_(torch.empty(1, size).normal_(0.0, (size + 1) ** -0.5, generator=g))
     return model.eval()
-
-
-def scalar_head(options, folder, name, size):
-    """The weight (1, C) of the head of critic or reward model: the folder's, or 7B's by its seed."""
-    if options.case != common.RANDOM_7B:
-        return Weights(folder / name).read("score.weight").to(options.device)
-    g = torch.Generator(options.device).manual_seed(HEAD_SEEDS[name])
-    return torch.empty(1, size, device=options.device).normal_(0.0, (size + 1) ** -0.5, generator=g)
 
 
 def updated_weights(policy, head):
@@ -148,7 +134,9 @@ def build(options, roles, prompts, score):
         max_grad_norm=1e9,
     )
     prompts = [ppo.Prompt(ids, ids) for ids in prompts]
-    trainer = ppo.PPOTrainer(roles, prompts, score, FixedLimit(options.response), Sampling(), settings)
+    never = Sampling(eos_id=roles.actor.config.vocab_size)  # no model samples it: responses run to the limit
+    trainer = ppo.PPOTrainer(roles, prompts, score, FixedLimit(options.response), never, settings)
+    trainer.score_scale = 1.0  # TRL's scores are not standardized
     for optimizer in (trainer.actor_optimizer, trainer.critic_optimizer):
         optimizer.WARMUP = 0.0
         optimizer.FLOOR = 1.0
@@ -157,23 +145,25 @@ def build(options, roles, prompts, score):
 
 def our_models(options, folder):
     """(roles, reward model) of ours; with LoRA all four stand on one base."""
+
+    def read(cls, name):
+        return cls.from_pretrained(folder / name, options.device, getattr(torch, options.dtype))
+
     if not options.lora_rank:
-        actor = load(options, folder, Mistral, "policy")
-        critic = load(options, folder, ScalarModel, "critic")
-        reference = load(options, folder, Mistral, "reference")
-        reward = load(options, folder, RewardModel, "reward")
+        roles = ppo.Roles(read(Mistral, "policy"), read(Mistral, "reference"), read(ScalarModel, "critic"))
+        reward = read(RewardModel, "reward")
     else:
-        reference = load(options, folder, Mistral, "policy")
+        is_7b = options.case == common.RANDOM_7B
+        reference = common.load_model(options.case, options.device) if is_7b else read(Mistral, "policy")
         g = torch.Generator(options.device).manual_seed(3)
         rank = options.lora_rank
-        size = reference.config.hidden_size
         actor = adapted(reference, rank, 2 * rank, g)
-        critic = ScalarModel.over(adapted(reference, rank, 2 * rank, g))
-        critic = with_head(critic, scalar_head(options, folder, "critic", size))
-        reward = with_head(RewardModel.over(reference), scalar_head(options, folder, "reward", size))
-    for model in (actor, critic):
+        critic = with_head(ScalarModel.over(adapted(reference, rank, 2 * rank, g)), "critic")
+        roles = ppo.Roles(actor, reference, critic)
+        reward = with_head(RewardModel.over(reference), "reward")
+    for model in (roles.actor, roles.critic):
         model.model.checkpointing = options.checkpointing
-    return ppo.Roles(actor, reference, critic), reward
+    return roles, reward
 
 
 def our_trainer(options, folder):
@@ -208,14 +198,14 @@ def same_work(options, folder):
     trainer = our_trainer(options, folder)
     trainer.update = Mock(wraps=trainer.update)
     rewards_spy = Mock(wraps=ppo.compute_rewards)
-    with patch.object(ppo, "sample_responses", sample_theirs), patch.object(ppo, "compute_rewards", rewards_spy):
+    with patch.multiple(ppo, sample_responses=sample_theirs, compute_rewards=rewards_spy):
         metrics, _ = trainer.step()
     scores, logprobs, ref_logprobs, *_ = rewards_spy.call_args.args
     (batch,) = trainer.update.call_args.args
     ours = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "values": batch.values}
     ours |= {"advantages": batch.advantages, "returns": batch.returns, "scores": scores}
     differences = {name: max_difference(x, theirs[name][order]) for name, x in ours.items()}
-    for name in ("policy_loss", "value_loss"):  # with several epochs ours are means over all, TRL's are the first's
+    for name in ("policy_loss", "value_loss"):  # with several epochs ours are means, TRL's the first's
         differences[name] = abs(metrics[name] - theirs[name])
     after = updated_weights(trainer.actor, trainer.critic.head)
     pairs = [(after[name], weight) for name, weight in theirs["updated"].items() if name in after]
@@ -246,16 +236,12 @@ def trl_model(options, folder, name, kind):
     """A model of ours as a class of transformers."""
     import transformers
 
-    if options.case == common.RANDOM_7B:
-        ours = load(options, folder, Mistral if name == "policy" else RewardModel, name)
-        settings = {} if name == "policy" else {"num_labels": 1}
-        return common.as_transformers(ours, kind, **settings)
     model = getattr(transformers, kind).from_pretrained(folder / name, dtype=getattr(torch, options.dtype))
     return in_double(model) if options.dtype == "float64" else model
 
 
 def trl_models(options, folder):
-    """Policy, reference or None, value model, reward model, LoRA's configuration or None, as TRL takes them."""
+    """Policy, reference or None, value model, reward model, LoRA's configuration or None."""
     policy = trl_model(options, folder, "policy", "AutoModelForCausalLM")
     value = trl_model(options, folder, "critic", "AutoModelForSequenceClassification")
     reward = trl_model(options, folder, "reward", "AutoModelForSequenceClassification")
@@ -267,15 +253,18 @@ def trl_models(options, folder):
     import peft
 
     rank = options.lora_rank
-    configs = [peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=common.LORA_TARGETS) for _ in range(2)]
-    value = peft.inject_adapter_in_model(configs[0], value)  # freezes the trunk and stays the class that TRL wants
+
+    def lora():
+        return peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=common.LORA_TARGETS)
+
+    value = peft.inject_adapter_in_model(lora(), value)  # freezes the trunk, stays the class that TRL wants
     value.score.requires_grad_(True)
-    return policy, None, value, reward, configs[1]
+    return policy, None, value, reward, lora()
 
 
 class SamePrompts(torch.utils.data.Dataset):
-    """As many rows as a run takes and one batch more; whichever TRL's shuffle asks for, every batch holds all prompts.
-    The last batch of an epoch is never used: there accelerate would step after every microbatch."""
+    """As many rows as a run takes and one batch more; whichever TRL's shuffle asks for, every batch holds all
+    prompts. The last batch of an epoch is never used: there accelerate would step after every microbatch."""
 
     def __init__(self, prompts, steps):
         self.prompts = prompts
@@ -291,14 +280,15 @@ class SamePrompts(torch.utils.data.Dataset):
 
 
 def id_tokenizer(vocabulary):
-    """A tokenizer that pads ids and never reads text. Its padding is the id `vocabulary`, which no model can sample,
-    because TRL takes that id for padding wherever it stands."""
+    """A tokenizer that pads ids and never reads text. Its padding is the id `vocabulary`, which no model can
+    sample, because TRL takes that id for padding wherever it stands."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = {str(i): i for i in range(vocabulary)} | {"<pad>": vocabulary}
     backend = Tokenizer(models.WordLevel(words, "0"))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="2", padding_side="left")
+    special = {"pad_token": "<pad>", "eos_token": "2", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
 
 
 def trl_config(options, folder):
@@ -363,7 +353,7 @@ def trl_trainer(options, folder, callback):
 
 def trl_first_step(variables):
     """What TRL's first step computed, from the local variables of its `train`."""
-    names = ("query_responses", "responses", "logprobs", "ref_logprobs", "values", "advantages", "returns", "scores")
+    names = (*PROOF, "returns", "scores", "query_responses", "responses")
     first = {name: variables[name].detach().cpu() for name in names}
     first["context_length"] = variables["context_length"]
     first["pad"] = variables["processing_class"].pad_token_id
@@ -415,13 +405,13 @@ def parse_options(argv=None):
     add("--epochs", type=common.positive, default=1)
     add("--lora-rank", type=common.natural, default=0, help="0: full training, with a separate reference")
     add("--steps", type=common.positive, default=5, help="steps timed in each run")
-    add("--repeats", type=common.natural, default=3, help="pairs of runs; 0 proves the same work and times nothing")
+    add("--repeats", type=common.natural, default=3, help="pairs of runs; 0: only the proof")
     add("--batch", type=common.positive, help="instead of the case's")
     add("--prompt", type=common.positive, help="instead of the case's")
     add("--response", type=common.positive, help="instead of the case's")
     add("--microbatch", type=common.positive, help="rows in a forward pass, on both sides; default all")
     add("--checkpointing", action="store_true", help="activation checkpointing, on both sides")
-    add("--only", choices=("ours", "trl"), help="time one side alone, without the proof")
+    add("--alone", action="store_true", help="without the peer and the proof")
     add("--dtype", default="float32", choices=("float32", "float64"), help=SUPPRESS)
     add("--folder", type=Path, help="keep the exported weights here")
     options = common.parse(parser, argv)
@@ -433,21 +423,25 @@ def parse_options(argv=None):
     if options.batch % options.microbatch:
         parser.error(f"--microbatch {options.microbatch} does not divide the batch of {options.batch}")
     if options.case == common.RANDOM_7B and not options.lora_rank:
-        parser.error(f"--case {options.case}: full training of 7B with Adam does not fit one GPU; give --lora-rank")
+        parser.error(f"--case {options.case}: full training with Adam does not fit one GPU; give --lora-rank")
     return options
 
 
 def prove(options, folder):
-    """The proof in float32, as timed, and in float64, where rounding hides nothing (7B: in bfloat16 alone)."""
+    """The proof in float32, as timed, and in float64, where rounding hides nothing. None where TRL fails;
+    RuntimeError where ours does."""
     result = {}
-    if options.case == common.RANDOM_7B:
-        proofs = {"bf16": ()}
-    else:  # two rows at a time in float64, which takes twice the memory
-        proofs = {"fp32": (), "fp64": ("--dtype", "float64", "--microbatch", min(2, options.batch))}
+    # two rows at a time in float64, which takes twice the memory
+    proofs = {"fp32": (), "fp64": ("--dtype", "float64", "--microbatch", min(2, options.batch))}
     for name, arguments in proofs.items():
-        common.run_child("first", "--folder", folder, *arguments)
-        differences = common.run_child("same", "--folder", folder, *arguments)
-        proof = max(differences[quantity] for quantity in ("logprobs", "ref_logprobs", "values", "advantages"))
+        arguments = ("--folder", folder, *arguments)
+        try:
+            common.run_child("first", *arguments, limit=options.timeout)
+        except RuntimeError as error:
+            print(f"trl is left out: {error}", file=sys.stderr)
+            return None
+        differences = common.run_child("same", *arguments, limit=options.timeout)
+        proof = max(differences[quantity] for quantity in PROOF)
         result |= {f"max_abs_diff_{name}": proof, f"differences_{name}": differences, "max_abs_diff": proof}
         print(f"same work, {name}: {proof:.1e}  " + "  ".join(f"{n} {d:.1e}" for n, d in differences.items()))
     return result
@@ -455,23 +449,24 @@ def prove(options, folder):
 
 def compare(options, folder):
     """Runs the children and puts their answers together."""
-    sides = (options.only,) if options.only else ("ours", "trl")
-    proof = {} if options.only else prove(options, folder)
-    runs = {name: [] for name in sides}
-    for _ in range(options.repeats):
-        for name in sides:
-            runs[name].append(common.run_child(name, "--folder", folder))
+    is_beside = options.case != common.RANDOM_7B and common.has_peer(options, "trl")
+    proof = prove(options, folder) if is_beside else None
+    sides = ["ours"] if proof is None else ["ours", "trl"]
+    result = proof or {}
     if not options.repeats:
-        return proof
-    result = {name: describe_side(options, runs[name]) for name in sides} | proof
-    if not options.only:
-        medians = {name: [options.batch / statistics.median(run["seconds"]) for run in runs[name]] for name in sides}
-        result["ratio_spread"] = common.paired(medians["ours"], medians["trl"])
-        result["ratio"] = result["ratio_spread"]["median"]
-    for name in sides:
-        peaks = ", ".join(f"{key} {x:.2f}" for key, x in result[name].items() if key.startswith("peak"))
-        speed = result[name]["samples_per_second"]
+        return result
+    runs = common.run_sides(sides, options.repeats, "--folder", folder, limit=options.timeout)
+    speeds = {}
+    for name in runs:
+        figures = result[name] = describe_side(options, runs[name])
+        speeds[name] = [options.batch / statistics.median(run["seconds"]) for run in runs[name]]
+        peaks = ", ".join(f"{key} {x:.2f}" for key, x in figures.items() if key.startswith("peak"))
+        speed = figures["samples_per_second"]
         print(f"{name}: {speed:.3g} samples/s, {speed * options.response:.4g} tokens/s, {peaks}")
+    if "trl" in runs:
+        result["ratio_spread"] = common.paired(speeds["ours"], speeds["trl"])
+        result["ratio"] = result["ratio_spread"]["median"]
+        print(f"ratio {result['ratio']:.2f}")
     return result
 
 
@@ -488,14 +483,14 @@ def main():
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            common.run_child("export", "--folder", folder)  # this process stays small
+            if options.case != common.RANDOM_7B:  # that is made on the device, from a seed
+                common.run_child("export", "--folder", folder, limit=options.timeout)
             result = compare(options, folder)
         except RuntimeError as error:
             sys.exit(f"ppo_vs_trl {options.case}: {error}")
-    if "ratio" in result:
-        print(f"ratio {result['ratio']:.2f}")
-    names = ("case", "epochs", "lora_rank", "batch", "prompt", "response", "microbatch")
-    common.write_result(options.json, {name: getattr(options, name) for name in names} | result, options.device)
+    names = ("case", "epochs", "lora_rank", "batch", "prompt", "response", "microbatch", "checkpointing")
+    settings = {name: getattr(options, name) for name in names}
+    common.write_result(options.json, settings | result, options.device)
     if not math.isfinite(result.get("max_abs_diff", 0.0)):
         sys.exit("ppo_vs_trl: the two sides do not do the same work")
 

@@ -1,57 +1,49 @@
 """Runs the rows of the bench table, each a script call of its own, and writes the table into bench/README.md.
 
-    python bench/table.py --run cpu                # make bench
-    python bench/table.py --run gpu                # make bench-gpu
-    python bench/table.py --run gpu --rows generate-7b ppo-7b
+    python bench/table.py --run                    # make bench
+    python bench/table.py --run --rows train-tiny
     python bench/table.py                          # only the table, from the JSON files of --results
 
-A row that fails (no memory, a peer that is missing) prints one line and the others go on; its older figures stay.
-The table is what stands between the two marks in bench/README.md.
+A row that fails or takes more than an hour prints one line and the others go on; its older figures stay. The
+table is what stands between the two marks in bench/README.md.
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
-SMOL, GPU_7B = "--case smollm2", "--case mistral-7b-random --device cuda"
+from common import ROOT, last_line, positive, run_limited
 
-ROWS = {  # name: (where, command, figure to reach)
-    "ppo-tiny-1": ("cpu", "ppo_vs_trl.py --case tiny --epochs 1 --steps 10 --repeats 5", ">= 5x"),
-    "ppo-tiny-4": ("cpu", "ppo_vs_trl.py --case tiny --epochs 4 --steps 10 --repeats 5", ">= 3x"),
-    "ppo-smollm2": ("cpu", f"ppo_vs_trl.py {SMOL} --epochs 1 --microbatch 2 --steps 1 --repeats 2", ">= 1.3x, <= 6 GiB"),
-    "ppo-smollm2-lora": ("cpu", f"ppo_vs_trl.py {SMOL} --epochs 1 --lora-rank 16 --microbatch 4 --steps 1 --repeats 2",
-                         ">= 1.3x, <= 2.5 GiB"),
-    "generate-tiny": ("cpu", "generate.py --case tiny", ""),
-    "generate-smollm2": ("cpu", f"generate.py {SMOL} --runs 3", ">= 85% of the products, > 1x"),
-    "train-tiny": ("cpu", "train.py --case tiny", ""),
-    "train-smollm2": ("cpu", f"train.py {SMOL} --steps 3 --repeats 2", ""),
-    "scaling": ("cpu", "scaling.py --runs 1 --plot {results}/scaling.png", ""),
-    "generate-7b": ("gpu", f"generate.py {GPU_7B} --batch 1 64", ">= 70% of bandwidth, >= 4x"),
-    "ppo-7b": ("gpu", f"ppo_vs_trl.py {GPU_7B} --lora-rank 16 --microbatch 8 --checkpointing --steps 2 --repeats 1",
-               ">= 4.5 samples/s, >= 3x"),
-    "ppo-7b-8x512": ("gpu", f"ppo_vs_trl.py {GPU_7B} --lora-rank 16 --batch 8 --prompt 256 --response 256 --microbatch 8"
-                     " --checkpointing --only ours --steps 1 --repeats 1", "<= 24 GiB"),
-    "ppo-7b-64x1024": ("gpu", f"ppo_vs_trl.py {GPU_7B} --lora-rank 16 --batch 64 --prompt 512 --response 512"
-                       " --microbatch 8 --checkpointing --only ours --steps 1 --repeats 1", "<= 40 GiB"),
-    "train-7b": ("gpu", f"train.py {GPU_7B} --lora-rank 16 --nominal 989 --repeats 1", ">= 45% of 989 TFLOP/s"),
-    "scaling-gpu": ("gpu", "scaling.py --device cuda --runs 1 --plot {results}/scaling-gpu.png", ""),
-}  # fmt: skip
+BEGIN, END = "<!-- table -->", "<!-- end of the table -->"
+LIMIT = 3600  # seconds of a row
+PPO_SMOL = "ppo_vs_trl.py --case smollm2 --epochs 1 --steps 1 --repeats 2"
+
+ROWS = {  # name: (command, figure to reach)
+    "ppo-tiny-1": ("ppo_vs_trl.py --case tiny --epochs 1 --steps 10 --repeats 5", ">= 5x"),
+    "ppo-tiny-4": ("ppo_vs_trl.py --case tiny --epochs 4 --steps 10 --repeats 5", ">= 3x"),
+    "ppo-smollm2": (f"{PPO_SMOL} --microbatch 2", ">= 1.3x, <= 6 GiB"),
+    "ppo-smollm2-lora": (f"{PPO_SMOL} --lora-rank 16 --microbatch 4", ">= 1.3x, <= 2.5 GiB"),
+    "generate-tiny": ("generate.py --case tiny", ""),
+    "generate-smollm2": ("generate.py --case smollm2 --runs 3", ">= 85% of the products, > 1x"),
+    "train-tiny": ("train.py --case tiny", ""),
+    "train-smollm2": ("train.py --case smollm2 --steps 3 --repeats 2", ""),
+    "scaling": ("scaling.py --runs 1", ""),
+}
 
 
 def run(names, results, arguments):
     for name in names:
-        script, *options = ROWS[name][1].format(results=results).split()
-        command = [sys.executable, f"bench/{script}", *options, *arguments, "--json", str(results / f"{name}.json")]
+        script, *words = ROWS[name][0].split()
+        path = str(results / f"{name}.json")
+        command = [sys.executable, f"bench/{script}", *words, *arguments, "--json", path]
         start = time.perf_counter()
         print(f"== {name}: python {' '.join(command[1:])}", flush=True)
-        process = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        if process.returncode:
-            print(f"{name} failed: {(process.stderr.strip() or 'no message').splitlines()[-1]}")
+        status, stdout, stderr = run_limited(command, LIMIT)
+        print(stdout + (stderr if status == 0 else ""), end="")
+        if status != 0:
+            print(f"{name} failed: {last_line(stderr) or 'no message'}")
         print(f"   {time.perf_counter() - start:.0f} s", flush=True)
 
 
@@ -77,7 +69,8 @@ def rank(result):
 
 
 def ppo_side(figures):
-    return f"{figures['samples_per_second']:.3g} samples/s, {figures['tokens_per_second']:.4g} tok/s{peak(figures)}"
+    tokens = figures["tokens_per_second"]
+    return f"{figures['samples_per_second']:.3g} samples/s, {tokens:.4g} tok/s{peak(figures)}"
 
 
 def ppo(result):
@@ -98,7 +91,8 @@ def generation(result):
     for row in result["rows"]:
         work = f"generate {result['case']}, batch {row['batch']}, {result['prompt']} + {result['new']}"
         theirs = "transformers " + generation_side(row["transformers"]) if "transformers" in row else ""
-        shares = f"{row['share_of_products']:.0%} of the products (decode {row['decode_share_of_products']:.0%}), "
+        decode = row["decode_share_of_products"]
+        shares = f"{row['share_of_products']:.0%} of the products (decode {decode:.0%}), "
         shares += f"decode {row['decode_share_of_bandwidth']:.0%} of bandwidth"
         lines.append((work, generation_side(row["ours"]), theirs, ratio(row), shares))
     return lines
@@ -123,7 +117,7 @@ KINDS = {"ppo": ppo, "generate": generation, "train": training}
 
 def lines(name, results):
     """The table's lines of a row, or one that says that it is unmeasured."""
-    reach = ROWS[name][2]
+    reach = ROWS[name][1]
     path = results / f"{name}.json"
     kind = name.split("-")[0]
     if kind not in KINDS:
@@ -155,17 +149,15 @@ def main(argv=None):
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--run", choices=("cpu", "gpu"), help="run the rows of this device first")
+    add("--run", action="store_true", help="run the rows first")
     add("--rows", nargs="+", choices=list(ROWS), metavar="NAME", help="only these: " + ", ".join(ROWS))
-    add("--threads", type=int, default=1, choices=range(1, 257), metavar="N", help="CPU threads of either side")
+    add("--threads", type=positive, default=1, help="CPU threads of either side (default 1)")
     add("--results", type=Path, default=Path("bench/results"))
-    add("--readme", type=Path, default=ROOT / "bench/README.md")
     options = parser.parse_args(argv)
     if options.run:
-        names = [name for name in options.rows or ROWS if ROWS[name][0] == options.run]
-        run(names, options.results, ["--threads", str(options.threads)])
+        run(options.rows or ROWS, options.results, ["--threads", str(options.threads)])
     if not options.run or options.results == Path("bench/results"):
-        write_table(options.readme, ROOT / options.results)
+        write_table(ROOT / "bench/README.md", ROOT / options.results)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,32 @@
 """Training beside transformers: tokens/s, share of the matrix-product peak (MFU), peak memory.
 
     python bench/train.py --case smollm2 --json bench/results/train-smollm2.json
-    python bench/train.py --case mistral-7b-random --device cuda --lora-rank 16 --json bench/results/train-7b.json
+    python bench/train.py --case mistral-7b-random --device cuda --lora-rank 16
 
-One optimizer step on --rows documents of --length tokens (GPU: 2048, every row full, as with packing), the loss on
-every token: forward, loss, backward, gradient norm clipped, AdamW. A forward pass takes a quarter of the rows, as in
-SFTTrainer. Sides:
+One optimizer step on --rows documents of --length tokens (GPU: 2048, every row full, as with packing), the
+loss on every token: forward, loss, backward, gradient norm clipped, AdamW. A forward pass takes a quarter of
+the rows, as in SFTTrainer. Sides:
   ours           SFTTrainer.step
   transformers   eager attention, AdamW's default loop
   fused          transformers with SDPA attention and fused AdamW, on a GPU under torch.compile
-Interleaved runs, each in a process of its own, hence its own peak memory; one step to warm up (GPU: three), then
---steps. `ratio` is ours / the faster of the two, pair by pair; `ratio_transformers`, `ratio_fused` are ours / that one.
+Interleaved runs, each in a process of its own, hence its own peak memory; one step to warm up (GPU: three),
+then --steps. `ratio` is ours / the faster of the two, pair by pair; `ratio_transformers`, `ratio_fused` are
+ours / that one.
 
-MFU = tokens/s x 6N / peak, or 4N with LoRA (the base gets no gradients), N the weights of all linear layers and the
-head; attention's own products, embedding and recomputation do not count. The peak is that of a large square product in
-the same dtype, measured by this script; --nominal gives a data sheet's TFLOP/s beside it (an H100: 989).
+MFU = tokens/s x 6N / peak, or 4N with LoRA (the base gets no gradients), N the weights of all linear layers
+and the head; attention's own products, embedding and recomputation do not count. The peak is that of a large
+square product in the same dtype, measured by this script; `mfu_nominal` is of the data sheet's
+(bench/roofline.py has those).
 """
 
 import statistics
 import sys
 
 import common
+import roofline
 import torch
 
-from model import Mistral, adapted
+from model import adapted
 from sft import SFTOptions, SFTTrainer
 
 SIDES = ("ours", "transformers", "fused")
@@ -34,14 +37,14 @@ def documents(options, vocabulary):
     return torch.randint(3, vocabulary, (options.rows, options.length), generator=g).tolist()
 
 
-def make_our_step(options):
-    """Everything of ours is built here: a function that takes one step."""
+def make_our_trainer(options):
+    """Everything of ours is built here."""
     model = common.load_model(options.case, options.device)
     if options.lora_rank:
         model = adapted(model, options.lora_rank, 2 * options.lora_rank)
     examples = [(ids, [True] * len(ids)) for ids in documents(options, model.config.vocab_size)]
     settings = SFTOptions(steps=100000, train_lr=1e-6, batch_tokens=options.rows * options.length)
-    return SFTTrainer(model, examples, settings).step
+    return SFTTrainer(model, examples, settings)
 
 
 def make_their_step(options, fused):
@@ -57,7 +60,8 @@ def make_their_step(options, fused):
     for name, parameter in model.named_parameters():
         if not options.lora_rank or "lora_" in name:
             parameters.append(parameter.requires_grad_(True))
-    optimizer = torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.1, fused=fused or None)
+    settings = {"lr": 1e-6, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": fused or None}
+    optimizer = torch.optim.AdamW(parameters, **settings)
     call = torch.compile(model) if fused and options.device == "cuda" else model
     rows = torch.tensor(documents(options, model.config.vocab_size), device=options.device)
 
@@ -75,18 +79,12 @@ def make_their_step(options, fused):
 def run_side(options):
     """One child: seconds a step, and its peak memory."""
     side = options.child
-    step = make_our_step(options) if side == "ours" else make_their_step(options, side == "fused")
+    step = make_our_trainer(options).step if side == "ours" else make_their_step(options, side == "fused")
     common.reset_peak(options.device)
     for _ in range(3 if options.device == "cuda" else 1):
         step()
     times = [common.seconds(step, options.device) for _ in range(options.steps)]
     return {"seconds": times, **common.memory(options.device)}
-
-
-def flops_per_token(options):
-    with torch.device("meta"):
-        model = Mistral(common.shape_of(options.case))
-    return (4 if options.lora_rank else 6) * sum(weight.numel() for weight in common.linears(model))
 
 
 def parse_options(argv=None):
@@ -97,53 +95,40 @@ def parse_options(argv=None):
     add("--lora-rank", type=common.natural, default=0, help="0: all weights are trained")
     add("--steps", type=common.positive, default=3, help="steps timed in each run")
     add("--repeats", type=common.positive, default=3)
-    add("--sides", nargs="+", default=list(SIDES), choices=SIDES)
-    add("--nominal", type=float, default=0.0, help="TFLOP/s of the data sheet")
+    add("--alone", action="store_true", help="without the peers")
     options = common.parse(parser, argv)
     options.length = options.length or (2048 if options.device == "cuda" else 256)
     options.rows = options.rows or (32 if options.case == "tiny" else 4)
     return options
 
 
-def run_sides(options):
-    """{side: its runs}. A side that fails prints a line, and the others go on."""
-    runs = {name: [] for name in options.sides}
-    for _ in range(options.repeats):
-        for name in list(runs):
-            try:
-                runs[name].append(common.run_child(name))
-            except RuntimeError as error:
-                print(f"train {options.case}: {error}", file=sys.stderr)
-                del runs[name]
-    if not runs:
-        sys.exit(f"train {options.case}: no side could be run")
-    return runs
-
-
-def describe_side(options, runs, flops, peak):
-    """Figures of one side over all its steps. flops: of a token; peak: FLOP/s of the machine."""
+def describe_side(options, runs, flops, peak, nominal):
+    """Figures of one side over all its steps. flops: of a token; peak, nominal: FLOP/s of the machine, 0.0
+    where its data sheet is not known."""
     tokens = options.rows * options.length
     speed = common.spread([tokens / s for run in runs for s in run["seconds"]])
     figures = {"tokens_per_second": speed, "mfu": speed["median"] * flops / peak}
-    if options.nominal:
-        figures["mfu_nominal"] = speed["median"] * flops / (options.nominal * 1e12)
+    if nominal:
+        figures["mfu_nominal"] = speed["median"] * flops / nominal
     return figures | {name: max(run[name] for run in runs) for name in runs[0] if name.startswith("peak")}
 
 
 def compare(options):
-    runs = run_sides(options)
-    flops = flops_per_token(options)
+    sides = SIDES if common.has_peer(options, "transformers") else SIDES[:1]
+    runs = common.run_sides(sides, options.repeats, limit=options.timeout)
+    flops = roofline.flops_per_token(common.shape_of(options.case), options.lora_rank)
     peak = common.matmul_peak(options.device, common.dtype_of(options.case))
+    nominal = roofline.nominal_flops(common.machine(options.device).get("gpu", ""))
     result = {"matmul_peak_tflops": peak / 1e12, "flops_per_token": flops}
     medians = {}
     for name in runs:
-        figures = result[name] = describe_side(options, runs[name], flops, peak)
+        figures = result[name] = describe_side(options, runs[name], flops, peak, nominal)
         medians[name] = [1 / statistics.median(run["seconds"]) for run in runs[name]]
         peaks = ", ".join(f"{key} {x:.2f}" for key, x in figures.items() if key.startswith("peak"))
         speed = figures["tokens_per_second"]["median"]
         print(f"{name}: {speed:.0f} tokens/s, MFU {figures['mfu']:.0%}, {peaks}")
-    ours = medians.pop("ours", None)
-    if ours and medians:
+    ours = medians.pop("ours")
+    if medians:
         peers = {name: common.paired(ours, theirs) for name, theirs in medians.items()}
         result |= {f"ratio_{name}": ratio["median"] for name, ratio in peers.items()}
         result["ratio_spread"] = min(peers.values(), key=lambda ratio: ratio["median"])
@@ -158,7 +143,11 @@ def main():
         return common.answer(run_side(options))
     names = ("case", "length", "rows", "lora_rank", "steps", "repeats")
     settings = {name: getattr(options, name) for name in names}
-    common.write_result(options.json, settings | compare(options), options.device)
+    try:
+        result = compare(options)
+    except RuntimeError as error:
+        sys.exit(f"train {options.case}: {error}")
+    common.write_result(options.json, settings | result, options.device)
 
 
 if __name__ == "__main__":

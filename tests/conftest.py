@@ -1,10 +1,26 @@
-"""Fixtures of several test files: input for every stage, and a stage run on it."""
+"""Which tests see a GPU, and fixtures of several test files: input for every stage, and a stage run on it."""
+
+import os
 
 import pytest
+import torch
 from command_line import FEW, JUDGE, kill_in_step, main, make_base, run_killed, words
 
 from data import world
 from tokenizer import load_tokenizer
+
+
+def pytest_configure(config):
+    """Hides all GPUs from this process and its children, unless only the tests on a GPU run. The others then test the
+    same on every machine: --device cpu and float32. And some of them fork, after which torch has no gradients in a
+    process that sees a GPU."""
+    if config.option.markexpr != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no GPU, or hidden from the other tests (make test-cuda)")
 
 
 @pytest.fixture(scope="session")
