@@ -20,43 +20,51 @@ from dataclasses import dataclass
 import torch
 
 import merge
-from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn, world
-from evaluation.stages import EvaluationOptions, chat, evaluate_models, log_samples, report, sweep_evaluator
+from data import world
+from evaluation.chat import chat
+from evaluation.stages import (
+    EvaluationOptions, evaluate_models, log_samples, report, sweep_evaluator,
+)  # fmt: skip
 from evaluation.tables import sweep_table
 from generation import Sampling
 from length import LimitOptions, make_limit
 from model import Config, Mistral, ScalarModel, adapted, initialize
-from ppo import PPOOptions, PPOTrainer, Prompt, Roles
-from reward import RewardModel, RewardOptions, RewardTrainer, accuracy, encode_pair
+from ppo import PPOOptions, PPOTrainer, Roles
+from reward import RewardModel, RewardOptions, RewardTrainer, accuracy
+from run.estimate import estimate
 from run.exits import STATUSES, Stopped, explain
 from run.folder import (
-    Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options, target,
+    NEEDS, TRAINED, Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options,
+    target,
 )  # fmt: skip
+from run.inputs import InputOptions, read_examples, read_pairs, read_ppo_prompts
 from run.monitors import Monitors
 from run.user import UserScorer
-from sft import SFTOptions, SFTTrainer, chat_example, document_examples
+from sft import SFTOptions, SFTTrainer, document_examples
 from support import processes
 from support.files import InputError, write_json
-from support.options import build_parser, check, check_device, option
+from support.options import build_parser, check, check_device, idle_options, option
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-# All processes run these stages together; the first runs the others alone.
-TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")
+ACTING = ("plus", "coarse", "eval", "chat")  # a model answers as it was trained to, or as told
 ANALYTICAL = (
     "Answer analytically: think the question through step by step, explain each step in detail, "
     "and only then conclude."
 )
 
-# Defaults by preset: those of all its stages, then those of a stage.
+# Defaults by preset: those of all its stages, those of adapters, then those of a stage. Without a name those of
+# eval with --models.
 # fmt: off
 PRESETS = {
+    "": {"common": dict(preset="", out="runs/eval"), "adapters": {}},
     "tiny": {
         "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
                        prompts=str(world.TINY / "prompts.txt"),
                        instructions=str(world.TINY / "instructions.jsonl"), dtype="float32",
                        max_new_tokens=128, length_limit=128, limit_maximum=128, max_length=256,
                        max_prompt=128),
+        "adapters": dict(lr=3e-3, critic_lr=5e-3, train_lr=5e-3),
         "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
         "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
         "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
@@ -68,6 +76,7 @@ PRESETS = {
         "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5,
                        kl_coefficient=0.05, length_limit=96, limit_maximum=256, max_length=160,
                        max_prompt=96, max_new_tokens=128, gammas=(0.0, 0.3, 0.5, 0.7, 1.0)),
+        "adapters": dict(lr=1e-4, critic_lr=3e-4, train_lr=2e-4),
         "reward": dict(steps=60, train_lr=2e-5, batch_pairs=8, test_pairs=150),
         "sft": dict(steps=100, train_lr=2e-5, batch_tokens=4096),
         "plus": dict(steps=20, concise=0.5, truncation_penalty=0.5),
@@ -76,8 +85,9 @@ PRESETS = {
     },
     "mistral-7b": {  # adapters over one frozen copy in bf16: one GPU of 40 to 80 GB
         "common": dict(lora_rank=16, checkpointing=True, batch=64, epochs=1, minibatches=4, microbatch=8,
-                       lr=2e-5, critic_lr=1e-4, train_lr=1e-4, kl_coefficient=0.05, length_limit=512,
-                       limit_maximum=2048, max_new_tokens=1024, template="hh"),
+                       lr=3e-6, critic_lr=1e-5, train_lr=1e-5, kl_coefficient=0.05, length_limit=512,
+                       limit_maximum=2048, max_new_tokens=1024),
+        "adapters": dict(lr=2e-5, critic_lr=1e-4, train_lr=1e-4),
         "reward": dict(steps=2000, batch_pairs=32),
         "sft": dict(steps=1000, batch_tokens=65536),
         "plus": dict(steps=1000, concise=0.5, truncation_penalty=0.5),
@@ -89,32 +99,44 @@ PRESETS = {
 
 @dataclass
 class Options(
-    RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions
-):
-    TITLE = "stage and input"
+    RunOptions, RewardOptions, SFTOptions, PPOOptions, LimitOptions, merge.MergeOptions, EvaluationOptions,
+    InputOptions,
+):  # fmt: skip
+    TITLE = "what to do"
+    READ_BY = ()
 
     stage: str = option("all", "what to do", choices=STAGES)
-    preset: str = option("tiny", "defaults for a size of model", choices=tuple(PRESETS))
-    model: str = option("", "base model: a folder or a hub id")
-    sft_model: str = option("", "instruction model of the fine stage (default OUT/sft)")
-    reward_model: str = option("", "reward model of plus, coarse and eval (default OUT/reward)")
-    preferences: str = option("", "preference pairs: a file or folder (HH, or prompt/chosen/rejected lines)")
-    instructions: str = option("", "instruction data of sft: a file or folder (Alpaca, ShareGPT ...)")
-    prompts: str = option("", "prompts of PPO, a file or folder")
-    max_prompt: int = option(512, "tokens of a PPO prompt; longer ones are left out and counted", least=1)
-    system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage")
-    eos: bool = option(True, "whether a response may end; the coarse stage removes EOS")
-    score: str = option("", "module:function that scores instead of a reward model: texts -> a number each")
-    second_score: str = option("", "module:function, logged as second_score and never trained on")
+    preset: str = option("tiny", "defaults for a size of model", choices=tuple(filter(None, PRESETS)))
+    system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage", read_by=ACTING)
+    eos: bool = option(True, "whether a response may end; the coarse stage removes EOS", read_by=ACTING)
+
+    def check(self):
+        if not self.eos and (self.concise or self.truncation_penalty):
+            cost = "every response is then as long as the limit, which costs all the same"
+            raise InputError(f"--no-eos: {cost}; set --concise and --truncation-penalty to 0")
+
+
+def combine(arguments, stage):
+    """The options of one stage: defaults, the preset's, the stage's, and on top what the user gave."""
+    is_named = stage == "eval" and "models" in arguments
+    preset = PRESETS[arguments.get("preset", "" if is_named else "tiny")]
+    options = preset["common"] | preset.get(stage, {})
+    if (options | arguments).get("lora_rank"):
+        options |= preset["adapters"]
+    if stage in ("eval", "chat"):
+        options |= dict.fromkeys(("system_prompt", "eos", "temperature"))  # None: as the model's folder says
+    if arguments.get("out") == "":
+        raise InputError("--out: an empty name given, a folder expected")
+    options = Options(**(options | arguments))
+    options.out = options.out or f"runs/{options.preset}"
+    return options
 
 
 def resolve(arguments, stage):
-    """The options of one stage: defaults, the preset's, the stage's, and on top what the user gave."""
-    preset = PRESETS[arguments.get("preset", "tiny")]
-    options = Options(**(preset["common"] | preset.get(stage, {}) | arguments))
+    """The options of one stage, complete and checked."""
+    options = combine(arguments, stage)
     if stage == "pretrain" and options.preset != "tiny":
         raise InputError(f"--stage pretrain: it makes the tiny base; {options.preset} has one: --model")
-    options.out = options.out or f"runs/{options.preset}"
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
     if stage == "chat" and "model" not in arguments and is_finished(options.out, "fine"):
@@ -137,7 +159,7 @@ def pretrain(run):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 256}
     config = Config(tokenizer.vocab_size, **sizes, **heads, max_position_embeddings=1024)
     model = initialize(Mistral(config), torch.Generator().manual_seed(options.seed)).to(options.device)
-    tokens = options.steps * options.batch_tokens
+    tokens = min(options.steps * options.batch_tokens, 2**24)  # more steps read the same documents again
     examples = document_examples(tokenizer, world.corpus(options.seed), tokens)
     trainer = SFTTrainer(processes.spread(model), examples, options)
     run.start()
@@ -148,13 +170,8 @@ def pretrain(run):
 def train_sft(run):
     """theta_SFT: the base, fine-tuned on the answers of instruction data."""
     options = run.options
-    tokenizer = run.tokenizer(options.model)
-    dialogues = run.read_rows(read_instructions, "instructions")
-    examples = [chat_example(tokenizer, messages, options.max_length) for messages in dialogues]
-    examples = [(ids, mask) for ids, mask in examples if any(mask[1:])]  # the first token is never predicted
-    if not examples:
-        within = f"begins within {options.max_length} tokens"
-        raise InputError(f"--instructions: no answer in {options.instructions} {within}")
+    tokenizer = run.tokenizer(options.model, options.template)
+    examples = read_examples(run, tokenizer)
     base = Mistral.from_pretrained(options.model, options.device, run.dtype)
     model = trainable(base, options, options.seed)
     trainer = SFTTrainer(model, examples, options)
@@ -166,16 +183,8 @@ def train_sft(run):
 def train_reward(run):
     """The harmless reward model, helpful and harmless pairs mixed; held-out accuracy by first human turn."""
     options = run.options
-    tokenizer = run.tokenizer(options.model)
-    pairs = run.read_rows(read_preferences, "preferences")
-    parts = []
-    for part in split_by_first_turn(pairs, options.held_out, options.seed):
-        encoded = [encode_pair(tokenizer, dialogue(p), c, r, options.max_length) for p, c, r in part]
-        parts.append([pair for pair in encoded if pair[0] != pair[1]])  # cutting makes some pairs alike
-    train, test = parts
-    if not train or not test:
-        split = f"{len(train)} to train on and {len(test)} to test on"
-        raise InputError(f"--preferences: {len(pairs)} pairs leave {split}; more are needed")
+    tokenizer = run.tokenizer(options.model, options.template)
+    train, test, files = read_pairs(run, tokenizer)
     model = RewardModel.from_base(options.model, options.device, run.dtype, options.seed, *lora(options))
     model.model.checkpointing = options.checkpointing
     if not options.lora_rank:
@@ -184,8 +193,9 @@ def train_reward(run):
     run.start()
     run.train(trainer, {"loss": "loss", "accuracy": "accuracy", "margin": "margin"})
     with processes.gathered(model.eval()):
-        figures = accuracy(model, test[: options.test_pairs], tokenizer.eos_id)
+        figures = accuracy(model, test, files, tokenizer.eos_id, options.max_length)
     run.log("metrics.jsonl", {"step": options.steps, "held_out": figures})
+    figures |= figures.pop("by_file")
     print("held-out pairs: " + ", ".join(f"{name} {value:.3g}" for name, value in figures.items()))
     run.save(model, tokenizer)
 
@@ -193,7 +203,7 @@ def train_reward(run):
 def train_ppo(run):
     """plus and coarse: the same PPO from the base, with different options."""
     options = run.options
-    tokenizer = run.tokenizer(options.model)
+    tokenizer = run.tokenizer(options.model, options.template)
     prompts = read_ppo_prompts(run, tokenizer)
     roles = make_roles(run)
     base = roles.reference if options.lora_rank else None
@@ -205,9 +215,9 @@ def train_ppo(run):
     if options.second_score:
         second = UserScorer(options.second_score, "--second-score", tokenizer, options.eos)
     if options.eos:
-        sampling = Sampling(eos_id=tokenizer.eos_id, stop=tokenizer.stop)
+        sampling = Sampling(eos_id=list(tokenizer.end_ids), stop=tokenizer.stop)
     else:
-        sampling = Sampling(forbid=(tokenizer.eos_id,))
+        sampling = Sampling(forbid=tokenizer.end_ids)
     limiter = make_limit(options)
     trainer = PPOTrainer(roles, prompts, score, limiter, sampling, options)
 
@@ -222,28 +232,6 @@ def train_ppo(run):
         counts = f"{limiter.extensions} extensions, {limiter.holds} holds with a full window"
         print(f"length limit {options.length_limit} -> {limiter.limit}: {counts}")
     run.save(roles.actor, tokenizer)
-
-
-def read_ppo_prompts(run, tokenizer):
-    """`Prompt`s as the actor reads them, the stage's system prompt in front. The score function gets the
-    messages without it, since the reward model was trained on dialogues that had none."""
-    options = run.options
-    system = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    texts = run.read_rows(read_prompts, "prompts")
-    prompts = []
-    for text in texts:
-        messages = dialogue(text)
-        if system:
-            messages = [message for message in messages if message["role"] != "system"]
-        ids = tokenizer.encode_chat(system + messages)
-        if len(ids) <= options.max_prompt:
-            prompts.append(Prompt(ids, messages))
-    if len(prompts) < len(texts):
-        count = f"{len(texts) - len(prompts)} prompts of more than {options.max_prompt} tokens left out"
-        print(f"{count}, {len(prompts)} remain (--max-prompt)")
-    if not prompts:
-        raise InputError(f"--prompts: none of {options.prompts} is within {options.max_prompt} tokens")
-    return prompts
 
 
 def make_roles(run):
@@ -279,17 +267,18 @@ def lora(options):
 
 
 def make_fine(run):
-    """The gamma sweep on a validation set, then the merge at --gamma."""
+    """The gamma sweep on a validation set, where there is one, then the merge at --gamma."""
     options = run.options
     coarse = run.folder / "coarse"
     instruct = options.sft_model or run.folder / "sft"
-    evaluate = sweep_evaluator(run, coarse)
+    evaluate = sweep_evaluator(run, coarse) if options.prompts else None
     run.start()
-    results = merge.sweep(coarse, instruct, options.gammas, evaluate)
-    write_json(run.folder / "sweep.json", results)
+    if evaluate:
+        results = merge.sweep(coarse, instruct, options.gammas, evaluate)
+        write_json(run.folder / "sweep.json", results)
+        print(sweep_table(results))
     merge.merge_checkpoints(coarse, instruct, run.target, options.gamma)
     forget(run.folder, run.stage)
-    print(sweep_table(results))
     print(f"merged at gamma {options.gamma}")
 
 
@@ -325,8 +314,17 @@ def run_stage(arguments, stage, lock):
 
 def run_stages(arguments, stage, lock):
     """The stage asked for, or all; with --resume those that are finished are kept."""
-    folder = arguments.get("out") or f"runs/{arguments.get('preset', 'tiny')}"
-    for each in IN_ALL if stage == "all" else (stage,):
+    stages = IN_ALL if stage == "all" else (stage,)
+    by_stage = {each: combine(arguments, each) for each in stages}
+    if stage != "all" and by_stage[stage].preset == "tiny":  # stages that it may run first
+        by_stage |= {each: combine(arguments, each) for each in NEEDS.get(stage, ())}
+    for line in idle_options(arguments, by_stage):
+        print(f"note: {line}")
+    if arguments.get("estimate"):
+        print("\n\n".join(estimate({each: by_stage[each] for each in stages})))
+        return
+    folder = by_stage[stages[0]].out
+    for each in stages:
         if arguments.get("resume") and is_finished(folder, each) and each not in ("eval", "report"):
             print(f"{each}: kept, {target(folder, each)} is finished")
             forget(folder, each)

@@ -22,22 +22,33 @@ BIAS = 3.0
 @dataclass
 class LimitOptions:
     TITLE = "the length limit of plus and coarse"
+    READ_BY = ("plus", "coarse")
 
-    length_limit: int = option(256, "tokens of a response at most; where it grows, the first limit", least=1)
+    length_limit: int = option(
+        256, "tokens of a response at most; where it grows, the first limit", least=1, most=2**20
+    )
     limit_growth: str = option(
         "fixed", "cm: Continuous Maximization; stepped: --limit-step tokens every --limit-every steps; fixed",
         choices=("cm", "stepped", "fixed"),
     )  # fmt: skip
-    limit_maximum: int = option(1024, "tokens that the limit may grow to", least=1)
-    limit_factor: float = option(1.25, "by what Continuous Maximization multiplies the limit", least=1)
-    limit_window: int = option(8, "updates that it looks back on", least=2)
-    limit_threshold: float = option(0.5, "p_extend above which it extends the limit", least=0)
-    limit_weights: list = option(WEIGHTS, "its weights for " + ", ".join(FEATURES))
-    limit_bias: float = option(BIAS, "its bias")
-    limit_step: int = option(16, "tokens that stepped growth adds", least=0)
-    limit_every: int = option(8, "steps after which stepped growth adds them", least=1)
+    limit_maximum: int = option(1024, "tokens that the limit may grow to", least=1, most=2**20)
+    limit_factor: float = option(
+        1.25, "by what Continuous Maximization multiplies the limit", least=1, needs=("limit_growth", "cm")
+    )
+    limit_window: int = option(8, "updates that it looks back on", least=2, needs=("limit_growth", "cm"))
+    limit_threshold: float = option(
+        0.5, "p_extend above which it extends the limit", least=0, needs=("limit_growth", "cm")
+    )
+    limit_weights: list = option(WEIGHTS, "its weights for " + ", ".join(FEATURES), needs=("limit_growth", "cm"))
+    limit_bias: float = option(BIAS, "its bias", needs=("limit_growth", "cm"))
+    limit_step: int = option(16, "tokens that stepped growth adds", least=0, needs=("limit_growth", "stepped"))
+    limit_every: int = option(
+        8, "steps after which stepped growth adds them", least=1, needs=("limit_growth", "stepped")
+    )
 
     def check(self):
+        if self.limit_growth != "fixed" and self.length_limit > self.limit_maximum:
+            raise InputError(f"--length-limit: {self.length_limit} given, --limit-maximum is {self.limit_maximum}")
         if len(self.limit_weights) != len(FEATURES):
             raise InputError(f"--limit-weights: {len(self.limit_weights)} given, {len(FEATURES)} expected")
 
@@ -153,8 +164,7 @@ def make_limit(options):
     if options.limit_growth == "fixed":
         return FixedLimit(options.length_limit)
     if options.limit_growth == "stepped":
-        first = min(options.length_limit, options.limit_maximum)
-        return SteppedLimit(first, options.limit_maximum, options.limit_step, options.limit_every)
+        return SteppedLimit(options.length_limit, options.limit_maximum, options.limit_step, options.limit_every)
     # Scores have deviation 1, so a batch mean has 1 / sqrt(batch): twice that is noise. Most tokens are easy to
     # value, so a mean loss of 0.1 is already large.
     return ContinuousMaximization(

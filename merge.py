@@ -18,6 +18,7 @@ TOKENIZER_FILES = ("tokenizer*", "tekken.json", "special_tokens_map.json", "adde
 @dataclass
 class MergeOptions:
     TITLE = "the merge: fine"
+    READ_BY = ("fine",)
 
     gamma: float = option(0.7, "share of the coarse actor in the merge")
     gammas: list = option(tuple(g / 10 for g in range(11)), "merges that fine tries on a validation set")

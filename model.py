@@ -131,8 +131,8 @@ class Head(Linear):
 
 # ---------------------------------------------------------------- attention
 
-# torch prefers cuDNN's kernel on some GPUs. It makes a plan for each new shape, and PPO's shapes change with every
-# minibatch; with a mask it has given gradients that are not numbers.
+# torch prefers cuDNN's kernel on some GPUs. It makes a plan for each new shape, and PPO's shapes change with
+# every minibatch; with a mask it has given gradients that are not numbers.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -185,8 +185,9 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask=None):
-    """Attention of q (B, H, T, D) to k and v (B, G, S, D), causal where there is no mask. On a GPU grouped heads
-    have a fast kernel in 16 bits and without a mask alone; elsewhere each query head gets keys of its own."""
+    """Attention of q (B, H, T, D) to k and v (B, G, S, D), causal where there is no mask. On a GPU grouped
+    heads have a fast kernel in 16 bits and without a mask alone; elsewhere each query head gets keys of its
+    own."""
     H, G = q.shape[1], k.shape[1]
     if H != G and q.is_cuda and (mask is not None or q.dtype == torch.float32):
         k = k.repeat_interleave(H // G, 1)
@@ -345,7 +346,8 @@ class ScalarModel(Model):
         pass
 
     def cast(self, dtype):
-        """The trunk in `dtype`. The head stays in fp32: in bf16 one pair in thirty would have equal scores."""
+        """The trunk in `dtype`. The head stays in fp32: in bf16 one pair in thirty would have equal
+        scores."""
         self.model.to(dtype)
         return self
 
@@ -403,12 +405,13 @@ def load(cls, path_or_id, device, dtype, optional=()):
     its device. The files may lack the tensors named in `optional`; their values are then the caller's to
     set."""
     weights = Weights(locate(path_or_id))
+    weights.check_layers()
     with torch.device("meta"):
         model = cls(Config.from_dict(weights.config))
-    model.cast(dtype).to_empty(device=device)
-    model.tie()
     shapes = {name: tuple(p.shape) for name, p in named_tensors(model)}
     weights.check_shapes(shapes, optional)
+    model.cast(dtype).to_empty(device=device)
+    model.tie()
     fill(model, ((name, weights.read(name)) for name in shapes if name in weights.names))
     model.source = weights.folder
     return model.eval()

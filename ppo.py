@@ -8,7 +8,8 @@
 
 `PPOTrainer.step` is one step, its parts numbered. Advantages are whitened, and losses are means over all real
 tokens of a minibatch. Scores come from any callable. The length limit ends the episode, and nothing is
-bootstrapped past it, because the score already judges the cut response (PPO_DETAILS 6).
+bootstrapped past it, because the score already judges the cut response. docs/DETAILS.md lists the details
+that decide whether PPO works, each with its test.
 
 Shapes: B responses, P prompt columns, R response columns, C hidden size. A step's tensors over response
 tokens are (B, R) beside `response_mask`, which is True on real tokens, the ending EOS included. Where several
@@ -29,6 +30,7 @@ from support.figures import describe_speed, describe_step, masked_mean, masked_v
 from support.files import InputError
 from support.options import option
 from support.processes import RANK, even, gathered, share, total
+from support.progress import Progress
 from support.state import Stateful
 from training import Optimizer, Trainer, TrainingOptions, logprobs_and_entropy, token_logprobs
 
@@ -36,8 +38,9 @@ from training import Optimizer, Trainer, TrainingOptions, logprobs_and_entropy, 
 @dataclass
 class PPOOptions(TrainingOptions):
     TITLE = "PPO: plus and coarse"
+    READ_BY = ("plus", "coarse")
 
-    batch: int = option(64, "prompts, and so responses, a PPO step", least=1)
+    batch: int = option(64, "prompts, and so responses, a PPO step", least=1, most=2**16)
     epochs: int = option(1, "passes over each batch", least=1)
     minibatches: int = option(4, "optimizer steps an epoch", least=1)
     microbatch: int = option(64, "rows at once; fewer take less memory for the same result", least=1)
@@ -46,7 +49,9 @@ class PPOOptions(TrainingOptions):
     kl_coefficient: float = option(
         0.1, "beta, the price of a nat of KL from the reference, in deviations of the score", least=0
     )
-    kl_target: float = option(0.0, "nats of KL a response that beta is adapted to; 0 keeps beta", least=0)
+    kl_target: float = option(
+        0.0, "nats of KL a response that beta is adapted to; 0 keeps beta", least=0, needs="kl_coefficient"
+    )
     kl_stop: float = option(
         0.0, "end an update after a minibatch with approx_kl (nats a token) above this; 0: never", least=0
     )
@@ -54,7 +59,10 @@ class PPOOptions(TrainingOptions):
     value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
     discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
     gae_lambda: float = option(0.95, "lambda of GAE", least=0, most=1)
-    temperature: float = option(1.0, "temperature of sampling and of all logprobs", least=0.01)
+    temperature: float = option(
+        1.0, "temperature of sampling and of all logprobs; eval and chat take 0 as well: the likeliest token",
+        least=0, read_by=("plus", "coarse", "eval", "chat"),
+    )  # fmt: skip
     concise: float = option(0.0, "deviations of score taken off a response as long as the limit", least=0)
     truncation_penalty: float = option(0.0, "deviations of score taken off a cut response", least=0)
 
@@ -92,7 +100,7 @@ class Rollout:
     mask: torch.Tensor  # (B, P+R), True on real tokens of prompt and response
     response_mask: torch.Tensor  # (B, R), the ending EOS counts, padding does not
     truncated: torch.Tensor  # (B,), the limit ended the response
-    sampled: torch.Tensor  # (B, R), logprobs by the sampler, not quite `logprobs` in bf16 (PPO_DETAILS 10)
+    sampled: torch.Tensor  # (B, R), logprobs by the sampler, not quite `logprobs` in bf16
     logprobs: torch.Tensor | None = None  # (B, R) under the actor before the update
     values: torch.Tensor | None = None  # (B, R) under the critic before the update
     advantages: torch.Tensor | None = None  # (B, R), whitened
@@ -270,6 +278,16 @@ class Roles:
     critic: torch.nn.Module
 
 
+def refuse(roles, sampling, options):
+    """Raises InputError for what trains nothing sensible."""
+    if not options.temperature:
+        raise InputError("--temperature: 0 given; PPO learns from samples, above 0 expected")
+    if roles.actor is roles.reference:
+        raise InputError("Roles: actor and reference are one model; give the reference a copy of it")
+    if not sampling.eos_ids and not sampling.stop and not sampling.forbid:
+        raise InputError("Sampling: no way to end; give eos_id, or forbid=(EOS,) so that none is sampled")
+
+
 @dataclass
 class Sample:
     """A response of a step, as a person or a second score function wants to see it."""
@@ -281,7 +299,7 @@ class Sample:
 
 
 class PPOTrainer(Trainer):
-    """PPO on a list of `Prompt`s: `begin()`, and then `step()` as often as `options.steps` says.
+    """PPO on a list of `Prompt`s: `step()` as often as `options.steps` says.
 
     score(dialogues, responses) -> (B,), where a response is an id list. `limiter` is one of the controllers
     of length.py. `sampling` with eos_id None and forbid=(EOS,) is the coarse stage: no ending, anywhere."""
@@ -291,6 +309,8 @@ class PPOTrainer(Trainer):
     )  # fmt: skip
 
     def __init__(self, roles, prompts, score, limiter, sampling, options):
+        options.check()
+        refuse(roles, sampling, options)
         super().__init__(prompts, options.seed)
         self.actor = roles.actor.eval()
         self.reference = roles.reference.eval().requires_grad_(False)
@@ -301,7 +321,7 @@ class PPOTrainer(Trainer):
         self.options = options
         self.beta = KLController(options.kl_coefficient, options.kl_target)
         self.score_mean = 0.0
-        self.score_scale = 1.0
+        self.score_scale = None  # `begin` measures both
         updates = options.steps * options.epochs * options.minibatches
         max_norm = options.max_grad_norm
         self.actor_optimizer = Optimizer(self.actor, options.lr, updates, max_norm, eps=1e-5)
@@ -312,15 +332,19 @@ class PPOTrainer(Trainer):
 
     def begin(self):
         """Measures the mean and deviation of the score over reference responses, before any update, while the
-        actor is still the reference. All later scores are standardized with them (PPO_DETAILS 17), so that
+        actor is still the reference. All later scores are standardized with them, so that
         the KL's coefficient and the limit's scale mean the same under any score function."""
         parts = []
-        for _ in range(math.ceil(64 / self.options.batch)):
-            prompts, batch = self.sample()
-            parts.append(self.raw_scores(prompts, batch.responses()))
+        rounds = math.ceil(64 / self.options.batch)
+        with Progress(rounds, "calibration of the score") as progress:
+            for _ in range(rounds):
+                prompts, batch = self.sample()
+                parts.append(self.raw_scores(prompts, batch.responses()))
+                progress.update(1)
         scores = torch.cat(parts).double()
         if not scores.isfinite().all():
-            raise InputError("the score function gave a number that is not finite (NaN or infinite)")
+            name = getattr(self.score, "label", "the score function")
+            raise InputError(f"{name} gave a number that is not finite (NaN or infinite)")
         count = total(len(scores))
         self.score_mean = total(scores.sum().item()) / count
         variance = total(((scores - self.score_mean) ** 2).sum().item()) / max(1, count - 1)
@@ -337,11 +361,14 @@ class PPOTrainer(Trainer):
 
     @torch.no_grad()
     def raw_scores(self, prompts, responses):
-        """Scores (B,) as the score function gives them, on the actor's device."""
-        return self.score([prompt.dialogue for prompt in prompts], responses).to(self.actor.device)
+        """Scores (B,) as the score function gives them, in fp32 on the actor's device."""
+        scores = self.score([prompt.dialogue for prompt in prompts], responses)
+        return torch.as_tensor(scores, dtype=torch.float32, device=self.actor.device).detach()
 
     def step(self):
         """One PPO step. Returns (metrics, samples): floats by name, and a `Sample` of each response."""
+        if self.score_scale is None:
+            self.begin()
         options = self.options
         start = time.perf_counter()
         # 1  prompts x, responses y ~ pi(. | x), at most l(t-1) tokens
@@ -351,7 +378,8 @@ class PPOTrainer(Trainer):
         generation_seconds = time.perf_counter() - start
         # 2  s = score(x, y), standardized by the reference's mean and deviation; then the length term
         responses = batch.responses()
-        scores = (self.raw_scores(prompts, responses) - self.score_mean) / self.score_scale  # (B,)
+        raw_scores = self.raw_scores(prompts, responses)  # (B,)
+        scores = (raw_scores - self.score_mean) / self.score_scale
         shaped = shape_scores(scores, mask.sum(1), batch.truncated, limit, options)
         # 3  log pi, log pi_ref and V of every response token, before the update
         with torch.no_grad():
@@ -368,8 +396,12 @@ class PPOTrainer(Trainer):
         metrics = self.update(batch)
         # 6  the next beta; the next limit l(t) = f_CM(R_t, V_phi): the mean score, the critic's loss
         self.beta.update(mean(kl.sum(1)))
-        self.limiter.update(mean(scores), metrics["value_loss"])
-        metrics |= describe_step(batch, scores, shaped, kl, entropy)
+        if metrics["skipped_updates"] < 2 * metrics["updates"]:
+            self.limiter.update(mean(scores), metrics["value_loss"])
+        _, outcomes = compute_gae(rewards, batch.values, mask, options.discount, 1.0)  # free of the critic
+        metrics |= describe_step(batch, outcomes, scores, shaped, kl, entropy)
+        metrics |= {"raw_score": mean(raw_scores), "score_mean": self.score_mean}
+        metrics["score_scale"] = self.score_scale
         metrics |= {"kl_coefficient": beta, "length_limit": limit, "p_extend": self.limiter.p_extend}
         metrics |= describe_speed(metrics, time.perf_counter() - start, generation_seconds, mask.device)
         dialogues = [prompt.dialogue for prompt in prompts]
@@ -405,12 +437,15 @@ class PPOTrainer(Trainer):
             for index in order.tensor_split(self.options.minibatches):
                 history.append(self.update_minibatch(batch.rows(index)))
                 if self.options.kl_stop and history[-1]["approx_kl"] > self.options.kl_stop:
+                    rest = self.options.epochs * self.options.minibatches - len(history)
+                    self.actor_optimizer.updates += rest  # the learning rate falls as if they had been made
+                    self.critic_optimizer.updates += rest
                     return summarize(history)
         return summarize(history)
 
     def update_minibatch(self, batch):
         """One optimizer step of the actor and one of the critic. A loss is a sum over a microbatch, divided
-        by the number of real tokens in the whole minibatch (PPO_DETAILS 20). Returns figures, means over
+        by the number of real tokens in the whole minibatch. Returns figures, means over
         these tokens."""
         options = self.options
         count = total(batch.response_mask.sum())

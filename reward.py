@@ -3,11 +3,12 @@
     loss = - log sigmoid(r(prompt, chosen) - r(prompt, rejected))
 
 r is read at the last real token. An answer that ended and one that a limit cut must score differently, so
-training shows both: every pair gets EOS after both answers or after neither, at random (PPO_DETAILS 3, 4,
-27)."""
+training shows both: every pair gets EOS after both answers or after neither, at random. An answer that was
+cut to fit `max_length` never gets it."""
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,19 @@ from generation import pad_right
 from model import ScalarModel, adapted, load
 from support.options import option
 from support.processes import share, total
+from support.progress import Progress
 from training import Optimizer, Trainer, TrainingOptions, by_length
 from weights import ADAPTER_HEAD, ADAPTER_NAME, fingerprint, has_adapter, read_adapter
+
+SCORE_TOKENS = 2**14  # tokens that are scored at a time
 
 
 @dataclass
 class RewardOptions(TrainingOptions):
     TITLE = "the reward model"
+    READ_BY = ("reward",)
 
-    batch_pairs: int = option(32, "preference pairs a step of reward", least=1)
+    batch_pairs: int = option(32, "preference pairs a step of reward", least=1, most=2**16)
     held_out: float = option(
         0.1, "share of the pairs held out for testing, split by first human turn", least=0, most=1
     )
@@ -82,36 +87,47 @@ class RewardModel(ScalarModel):
         return self.values(hidden[torch.arange(len(tokens), device=tokens.device), last])
 
     @torch.no_grad()
-    def score_rows(self, rows, batch_tokens=16384):
+    def score_rows(self, rows, batch_tokens=SCORE_TOKENS, progress=None):
         """Raw scores (N,) of id lists of any lengths, on the CPU, in batches of similar lengths."""
         scores = torch.zeros(len(rows))
         for batch in by_length([len(row) for row in rows], batch_tokens, torch.Generator().manual_seed(0)):
             tokens, mask = pad_right([rows[i] for i in batch], self.device)
             scores[batch] = self.score(tokens, mask).cpu()
+            if progress:
+                progress.update(len(batch))
         return scores
 
 
 # ---------------------------------------------------------------- training
 
 
-def encode_pair(tokenizer, messages, chosen, rejected, max_length):
-    """(prompt + chosen, prompt + rejected) as ids without an ending. Of a prompt too long for `max_length`
-    the start is dropped, of an answer the end."""
+def encode_answer(tokenizer, messages, answer):
+    """Ids of a dialogue and the text of its answer, without an ending."""
     prompt = len(tokenizer.encode_chat(messages))
-    rows = []
-    for answer in (chosen, rejected):
-        turn = {"role": "assistant", "content": answer}
-        ids = tokenizer.encode_chat([*messages, turn], add_generation_prompt=False)
-        ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # from the template alone
-        rows.append(ids[: ends[-1]] if ends else ids)
-    longest = max(map(len, rows))
-    drop = max(0, min(prompt - max_length // 2, longest - max_length))
-    return [ids[drop:][:max_length] for ids in rows]
+    turn = {"role": "assistant", "content": answer}
+    ids = tokenizer.encode_chat([*messages, turn], add_generation_prompt=False)
+    ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # from the template alone
+    return ids[: ends[-1]] if ends else ids
+
+
+def encode_pair(tokenizer, messages, chosen, rejected, max_length):
+    """(prompt + chosen, prompt + rejected) as ids without an ending, shorter than `max_length` where nothing
+    of the answer is cut. Of a prompt that is too long the start is dropped, of an answer the end."""
+    prompt = tokenizer.encode_chat(messages)
+    rows = [encode_answer(tokenizer, messages, answer) for answer in (chosen, rejected)]
+    surplus = max(map(len, rows)) - (max_length - 1)
+    length = max(len(prompt) - max(surplus, 0), min(len(prompt), max_length // 2))  # of the prompt
+    return [(tokenizer.clip(prompt, length) + ids[len(prompt) :])[:max_length] for ids in rows]
+
+
+def with_eos(ids, eos_id, max_length):
+    """A row and EOS, for which an answer that was cut has no room."""
+    return [*ids, eos_id] if len(ids) < max_length else ids
 
 
 class RewardTrainer(Trainer):
-    """Trains on `pairs`, a list of (chosen ids, rejected ids) without EOS. A pair gets `eos_id` after both
-    answers half of the time."""
+    """Trains on `pairs`, a list of (chosen ids, rejected ids) of `encode_pair`. A pair gets `eos_id` after
+    both answers half of the time."""
 
     CHANGES = (*Trainer.CHANGES, "optimizer")
 
@@ -129,9 +145,9 @@ class RewardTrainer(Trainer):
     def step(self):
         """One optimizer step on `batch_pairs` pairs. Returns its metrics."""
         pairs = self.draw(self.options.batch_pairs)
-        with_eos = torch.rand(len(pairs), generator=self.generator) < 0.5
-        endings = [[self.eos_id] if e else [] for e in with_eos.tolist()]
-        pairs = [(chosen + eos, rejected + eos) for (chosen, rejected), eos in zip(pairs, endings)]
+        ends = torch.rand(len(pairs), generator=self.generator) < 0.5
+        for i in ends.nonzero()[:, 0].tolist():
+            pairs[i] = [with_eos(ids, self.eos_id, self.options.max_length) for ids in pairs[i]]
         lengths = [max(len(chosen), len(rejected)) for chosen, rejected in pairs]
         margins = []
         for part in by_length(lengths, sum(lengths) // 4 + 1, self.generator):  # little padding
@@ -159,26 +175,38 @@ class RewardTrainer(Trainer):
         return scores[: len(rows)], scores[len(rows) :]
 
 
-def accuracy(model, pairs, eos_id):
-    """Held-out figures of a list of (chosen ids, rejected ids): {"accuracy", "accuracy_cut", "calibration",
-    "pairs"}. accuracy: with EOS after both answers. accuracy_cut: without. calibration: mean gap between the
-    predicted and the actual rate of being right, over ten equal bins of the predicted one."""
+def margins(model, pairs, progress):
+    """Score of the chosen less that of the rejected row, (N,), of N pairs."""
+    chosen = model.score_rows([chosen for chosen, _ in pairs], progress=progress)
+    return chosen - model.score_rows([rejected for _, rejected in pairs], progress=progress)
 
-    def margins(ending):
-        chosen = model.score_rows([chosen + ending for chosen, _ in pairs])
-        rejected = model.score_rows([rejected + ending for _, rejected in pairs])
-        return chosen - rejected
 
-    margin = margins([eos_id])
+def accuracy(model, pairs, files, eos_id, max_length):
+    """Held-out figures of pairs of `encode_pair`; `files` names the file of each. {"accuracy",
+    "accuracy_cut", "calibration", "pairs", "by_file"}.
+
+    accuracy: with EOS after both answers. accuracy_cut: without. calibration: mean gap between the predicted
+    and the actual rate of being right, over ten equal bins of the predicted one. by_file: {file:
+    accuracy}."""
+    pairs_with_eos = []
+    for chosen, rejected in pairs:
+        pairs_with_eos.append((with_eos(chosen, eos_id, max_length), with_eos(rejected, eos_id, max_length)))
+    with Progress(4 * len(pairs), "held-out answers") as progress:
+        margin = margins(model, pairs_with_eos, progress)
+        margin_cut = margins(model, pairs, progress)
     confidence = margin.abs().sigmoid()
     right = (margin > 0).float()
     bins = [i for i in confidence.argsort().tensor_split(10) if len(i)]
     gap = sum(abs((confidence[i] - right[i]).mean().item()) * len(i) for i in bins)
+    by_file = {}
+    for file, is_right in zip(files, right.tolist()):
+        by_file.setdefault(file, []).append(is_right)
     return {
         "accuracy": right.mean().item(),
-        "accuracy_cut": (margins([]) > 0).float().mean().item(),
+        "accuracy_cut": (margin_cut > 0).float().mean().item(),
         "calibration": gap / len(pairs),
         "pairs": len(pairs),
+        "by_file": {file: fmean(values) for file, values in by_file.items()},
     }
 
 
@@ -188,36 +216,33 @@ def accuracy(model, pairs, eos_id):
 class Scorer:
     """score(dialogues, responses) -> raw scores (B,) of a reward model; dialogues are message lists.
 
-    A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text. A reward model
-    with another tokenizer gets the text. A turn that ended with a stop string has ended: the reward model
-    knows an ending as EOS. System prompts are left out: the reward model was trained without."""
+    A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text, which has ended.
+    A reward model with another tokenizer gets the text. Nothing is cut. A turn that ended in another way than
+    by EOS (a stop string, a second end token) has ended: the reward model knows an ending as EOS."""
 
-    def __init__(self, model, tokenizer, policy_tokenizer=None, ends=True, max_length=1024):
+    def __init__(self, model, tokenizer, policy_tokenizer=None, ends=True):
         self.model = model
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
-        self.ends = ends  # whether responses may end by themselves
-        self.max_length = max_length  # longest dialogue in tokens, where text is encoded anew
+        self.ends = ends  # whether a stop string ends a response
         files = [t.files[0].read_bytes() for t in (tokenizer, policy_tokenizer) if t]
         self.is_shared = len(files) == 2 and files[0] == files[1]
 
     def __call__(self, dialogues, responses):
-        rows = []
-        for dialogue, response in zip(dialogues, responses):
-            messages = [message for message in dialogue if message["role"] != "system"]
-            rows.append(self.encode(messages, response))
-        return self.model.score_rows(rows)
+        return self.model.score_rows(list(map(self.encode, dialogues, responses)))
 
     def encode(self, messages, response):
+        eos = [self.tokenizer.eos_id]
         if isinstance(response, str):
-            return self.encode_text(messages, response) + [self.tokenizer.eos_id]
-        ids = self.policy_tokenizer.trim(response) if self.ends else response
-        has_ended = len(ids) < len(response) or ids[-1:] == [self.policy_tokenizer.eos_id]
-        if not self.is_shared:
-            text = self.policy_tokenizer.decode(ids)
-            return self.encode_text(messages, text) + [self.tokenizer.eos_id] * has_ended
-        eos = [self.tokenizer.eos_id] * (len(ids) < len(response))
-        return self.tokenizer.encode_chat(messages) + ids + eos
-
-    def encode_text(self, messages, text):
-        return encode_pair(self.tokenizer, messages, text, "", self.max_length)[0]
+            return encode_answer(self.tokenizer, messages, response) + eos
+        ids = response
+        if self.ends:
+            ids = self.policy_tokenizer.trim(response)
+        elif response and response[-1] in self.policy_tokenizer.end_ids:
+            ids = response[:-1]
+        has_ended = len(ids) < len(response)
+        if self.is_shared:
+            ids = self.tokenizer.encode_chat(messages) + ids
+        else:
+            ids = encode_answer(self.tokenizer, messages, self.policy_tokenizer.decode(ids))
+        return ids + eos * has_ended

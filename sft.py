@@ -18,8 +18,9 @@ from training import Optimizer, Trainer, TrainingOptions, by_length, token_logpr
 @dataclass
 class SFTOptions(TrainingOptions):
     TITLE = "next-token training: sft and pretrain"
+    READ_BY = ("pretrain", "sft")
 
-    batch_tokens: int = option(8192, "tokens a step of pretrain and sft", least=1)
+    batch_tokens: int = option(8192, "tokens a step of pretrain and sft", least=1, most=2**24)
 
 
 def chat_example(tokenizer, messages, max_length):
@@ -69,8 +70,10 @@ class SFTTrainer(Trainer):
         """One optimizer step on about `batch_tokens` tokens. Returns its metrics: the loss in nats a counted
         token."""
         rows = []
-        while sum(len(ids) for ids, _ in rows) < self.options.batch_tokens:
+        tokens = 0
+        while tokens < self.options.batch_tokens:
             rows += self.draw(1)
+            tokens += len(rows[-1][0])
         count = sum(sum(mask[1:]) for _, mask in rows)  # the first token of a row is never predicted
         loss_sum = 0.0
         for part in by_length([len(ids) for ids, _ in rows], self.options.batch_tokens // 4, self.generator):

@@ -17,19 +17,32 @@ from support.state import Stateful
 
 LOGITS_BYTES = 2**27  # of fp32 logits at a time
 
+ADAPTED = ("reward", "sft", "plus", "coarse")  # stages that start from a base model
+
 
 @dataclass
 class TrainingOptions:
     TITLE = "training"
+    READ_BY = ("pretrain", "reward", "sft", "plus", "coarse")
 
     steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
-    seed: int = option(0, "everything random comes from it", least=0, most=2**62)
-    train_lr: float = option(1e-5, "learning rate of pretrain, reward and sft", least=0)
-    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down", least=0)
-    max_length: int = option(1024, "tokens of a training dialogue; longer ones are cut", least=8)
-    lora_rank: int = option(0, "rank of adapters over one frozen base; 0 trains whole copies", least=0)
-    lora_alpha: float = option(0.0, "adapters are multiplied by alpha / rank (default: 2 * rank)", least=0)
-    checkpointing: bool = option(False, "recompute activations in backward: slower, far less memory")
+    seed: int = option(0, "everything random comes from it", least=0, most=2**62, read_by=())
+    train_lr: float = option(
+        1e-5, "learning rate of pretrain, reward and sft", least=0, read_by=("pretrain", "reward", "sft")
+    )
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down; 0: never", least=0)
+    max_length: int = option(
+        1024, "tokens of a training dialogue; longer ones are cut", least=8, most=2**20, read_by=("reward", "sft")
+    )
+    lora_rank: int = option(
+        0, "rank of adapters over one frozen base; 0 trains whole copies", least=0, most=2**12, read_by=ADAPTED
+    )
+    lora_alpha: float = option(
+        0.0, "adapters are multiplied by alpha / rank (default: 2 * rank)", least=0, read_by=ADAPTED, needs="lora_rank"
+    )
+    checkpointing: bool = option(
+        False, "recompute activations in backward: slower, far less memory", read_by=ADAPTED
+    )
 
 
 # ---------------------------------------------------------------- batches
@@ -95,9 +108,9 @@ class Optimizer:
     """AdamW over what is trainable in a model: linear warm-up over 5% of the steps, then a cosine down to a
     tenth of the learning rate, weight decay on matrices alone.
 
-    Parameters of a smaller dtype are updated through fp32 copies, which add up their gradients too: in bf16 an
-    update of less than 1/256 of a weight would be rounded away. A step whose gradients are not finite is left out, since it would ruin
-    weights and moments for good."""
+    Parameters of a smaller dtype are updated through fp32 copies, which add up their gradients too: in bf16
+    an update of less than 1/256 of a weight would be rounded away. A step whose gradients are not finite is
+    left out, since it would ruin weights and moments for good."""
 
     WARMUP = 0.05
     FLOOR = 0.1
@@ -130,7 +143,7 @@ class Optimizer:
     def step(self):
         """One update along the gradients, which are freed. Returns the norm that they had; where it is not
         finite there was no update."""
-        norm = processes.clip_gradients(self.masters, self.max_grad_norm)
+        norm = processes.clip_gradients(self.masters, self.max_grad_norm or math.inf)
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = self.lr * self.scale()
@@ -191,9 +204,6 @@ class Trainer(Stateful):
         self.data = data
         self.order = []
         self.generator = torch.Generator().manual_seed(seed)
-
-    def begin(self):
-        """What comes before the first step of a new run."""
 
     def draw(self, count):
         """The next `count` items of a shuffled order, which starts again when it ends."""

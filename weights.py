@@ -15,11 +15,15 @@ import torch
 from safetensors import safe_open
 
 from support import processes
-from support.files import InputError, read_json, read_tensors, reading, replacing, write_json, write_tensors
+from support.files import (
+    InputError, check_fields, hub_error, read_json, read_tensors, reading, replacing, write_json,
+    write_tensors,
+)  # fmt: skip
 
 VOCABULARIES = ("tokenizer.model", "tokenizer.json", "tekken.json")
 ADAPTER = "adapter"  # the folder of a model's adapters, inside the model's own
 ADAPTER_NAME = "base_model.model.{}.lora_{}.weight"  # the peft library's name of A or B of a layer
+ADAPTER_FIELDS = {"r": (int, 1, 2**16), "lora_alpha": (float, 0, 2**62), "base_model_name_or_path": (str,)}
 ADAPTER_HEAD = "base_model.model.score.weight"
 
 
@@ -45,16 +49,15 @@ def fetch(name):
         files = [file.rfilename for file in HfApi().model_info(name).siblings]
         has_hf_form = any(re.fullmatch(r"model.*\.safetensors", file) for file in files)
         return Path(snapshot_download(name, allow_patterns=[*others, forms[0 if has_hf_form else 1]]))
-    except Exception as error:  # huggingface_hub raises a dozen kinds, each of them "it is not to be had"
-        for form in forms:  # unless it is in the cache
+    except Exception as error:
+        for form in forms:  # it may be in the cache
             try:
                 folder = Path(snapshot_download(name, allow_patterns=[*others, form], local_files_only=True))
             except Exception:
                 continue
             if list(folder.glob(form)):
                 return folder
-        reason = " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
-        raise InputError(f"{name}: no such folder here, and the hub does not give it ({reason})") from error
+        raise hub_error(name, error) from error
 
 
 def is_model(folder):
@@ -83,29 +86,43 @@ def read_config(folder):
     """`config.json` as a dict, or `params.json` translated to its names. Refuses, by name, what is not
     implemented, before any weight is read."""
     folder = Path(folder)
-    if not (folder / "config.json").exists() and (folder / "params.json").exists():
+    path = folder / "config.json"
+    read = complete_config
+    if not path.exists() and (folder / "params.json").exists():
         path = folder / "params.json"
-        config = translate_params(read_json(path), path)
-    else:
-        path = folder / "config.json"
-        config = complete_config(read_json(path), path)
-    check_sizes(config, path)
+        read = translate_params
+    with reading(path, "the config of a Mistral or Llama model"):
+        config = read(read_json(path), path)
+        check_fields(config, FIELDS)
+        check_heads(config)
     return config
 
 
-SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
-SIZES += ["num_key_value_heads"]
+FIELDS = {  # what the network is built from: (type, least, most)
+    "vocab_size": (int, 1, 2**24),
+    "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20),
+    "num_hidden_layers": (int, 1, 2**12),
+    "num_attention_heads": (int, 1, 2**16),
+    "num_key_value_heads": (int, 1, 2**16),
+    "head_dim": (int, 2, 2**16),
+    "sliding_window": (int, 1, 2**62),
+    "max_position_embeddings": (int, 1, 2**62),
+    "rms_norm_eps": (float, 0, 1),
+    "rope_theta": (float, 1, 1e12),
+    "tie_word_embeddings": (bool,),
+}
 
 
-def check_sizes(config, path):
-    for name in SIZES:
-        size = config.get(name, 1)
-        if not isinstance(size, int) or size < 1:
-            raise InputError(f"{path}: {name} is {size!r}, a whole number above 0 expected")
+def check_heads(config):
+    """ValueError for heads that do not divide into groups, or into pairs of dimensions."""
     heads = config.get("num_attention_heads", 32)
     groups = config.get("num_key_value_heads") or heads
     if heads % groups:
-        raise InputError(f"{path}: {heads} heads do not divide into {groups} key/value heads")
+        raise ValueError(f"{heads} heads do not divide into {groups} key/value heads")
+    head_dim = config.get("head_dim") or config.get("hidden_size", 4096) / heads
+    if head_dim % 2:
+        raise ValueError(f"heads of size {head_dim:g}, an even number expected")
 
 
 def complete_config(config, path):
@@ -127,7 +144,8 @@ def complete_config(config, path):
     for name, value in refused.items():
         if value:
             raise InputError(f"{path}: {name} {value!r} is not implemented")
-    config["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    thetas = [rope.get("rope_theta"), config.get("rope_theta"), 10000.0]
+    config["rope_theta"] = next(theta for theta in thetas if theta is not None)
     config.setdefault("rms_norm_eps", 1e-6)
     config.setdefault("sliding_window", 4096)  # an entry of null means none
     if config["model_type"] == "llama":
@@ -144,25 +162,22 @@ def translate_params(params, path):
         if params.get(key):
             name = {"moe": "experts", "quantization": "quantised weights"}.get(key, key)
             raise InputError(f"{path}: {name} {params[key]!r} not implemented")
-    try:
-        heads = params["n_heads"]
-        return {
-            "model_type": "mistral",
-            "vocab_size": params["vocab_size"],
-            "hidden_size": params["dim"],
-            "intermediate_size": params["hidden_dim"],
-            "num_hidden_layers": params["n_layers"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": params.get("n_kv_heads", heads),
-            "head_dim": params.get("head_dim", params["dim"] // heads),
-            "rms_norm_eps": params.get("norm_eps", 1e-5),
-            "rope_theta": params.get("rope_theta", 10000.0),
-            "sliding_window": params.get("sliding_window"),
-            "tie_word_embeddings": params.get("tied_embeddings", False),
-            "max_position_embeddings": params.get("max_seq_len") or 32768,
-        }
-    except KeyError as e:
-        raise InputError(f"{path}: no field {e}") from None
+    heads = params["n_heads"]
+    return {
+        "model_type": "mistral",
+        "vocab_size": params["vocab_size"],
+        "hidden_size": params["dim"],
+        "intermediate_size": params["hidden_dim"],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": params.get("n_kv_heads", heads),
+        "head_dim": params.get("head_dim", params["dim"] // heads),
+        "rms_norm_eps": params.get("norm_eps", 1e-5),
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "sliding_window": params.get("sliding_window"),
+        "tie_word_embeddings": params.get("tied_embeddings", False),
+        "max_position_embeddings": params.get("max_seq_len") or 32768,
+    }
 
 
 # ---------------------------------------------------------------- tensors in
@@ -220,13 +235,12 @@ class Weights:
                 forms = "no model.safetensors, no index of shards and no consolidated.safetensors"
                 raise InputError(f"{self.folder}: {forms}")
             return files
-        files = read_json(index).get("weight_map")
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise InputError(f"{index}: no weight_map of names to files")
-        for file in set(files.values()):
-            if not self._is_own(file):
-                raise InputError(f"{index}: {file!r} is not a file of this folder")
-        return sorted(set(files.values()))
+        with reading(index, "a weight_map of names to files"):
+            files = sorted(set(read_json(index)["weight_map"].values()))
+            for file in files:
+                if not self._is_own(file):
+                    raise InputError(f"{index}: {file!r} is not a file of this folder")
+        return files
 
     def _is_own(self, file):
         """A plain name, and no link that leads out of the folder (the hub's cache links into its own
@@ -266,6 +280,13 @@ class Weights:
     def exact(self, name):
         """The tensor `name` in fp32, as exact as the folder has it."""
         return self.read(name).float()
+
+    def check_layers(self):
+        """InputError where the config has more layers than the files have tensors: making them would take
+        forever."""
+        layers = self.config.get("num_hidden_layers", 0)
+        if layers > len(self.names):
+            raise InputError(f"{self.folder}: {layers} layers, and {len(self.names)} tensors in its files")
 
     def check_shapes(self, shapes, optional=()):
         """InputError where the folder lacks a tensor of `shapes`, {name: shape}, or has it in another
@@ -347,11 +368,29 @@ def read_adapter(folder):
     fingerprint."""
     path = Path(folder) / ADAPTER
     settings = read_json(path / "adapter_config.json")
-    for name in ("r", "lora_alpha", "base_model_name_or_path"):
-        if name not in settings:
-            raise InputError(f"{path / 'adapter_config.json'}: no {name}, which adapters of c2f.py have")
+    with reading(path / "adapter_config.json", "an adapter of c2f.py"):
+        check_fields(settings, ADAPTER_FIELDS, required=ADAPTER_FIELDS)
     settings["fingerprint"] = read_json(path / "base.json").get("fingerprint")
-    return settings, read_tensors(path / "adapter_model.safetensors")
+    tensors = read_tensors(path / "adapter_model.safetensors")
+    with reading(path / "adapter_model.safetensors", "matrices A and B of layers of the model"):
+        check_factors(tensors, settings["r"], Weights(folder))
+    return settings, tensors
+
+
+def check_factors(tensors, rank, weights):
+    """An error where not both A (rank, in) and B (out, rank) of a layer of `weights` are there and finite."""
+    names = [name for name in tensors if name != ADAPTER_HEAD]
+    if not names:
+        raise ValueError("no tensors")
+    for name in names:
+        layer = re.fullmatch(ADAPTER_NAME.format("(.+)", "[AB]"), name)[1]
+        A = tensors[ADAPTER_NAME.format(layer, "A")]
+        B = tensors[ADAPTER_NAME.format(layer, "B")]
+        is_shaped = len(A) == B.shape[1] == rank and (len(B), A.shape[1]) == weights.shape(f"{layer}.weight")
+        if not is_shaped or not tensors[name].is_floating_point():
+            raise ValueError(f"{name} of another shape or type")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{name} has NaN or infinite values")
 
 
 def open_parents(coarse, sft):

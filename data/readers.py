@@ -1,13 +1,14 @@
-r"""Readers of public data formats: a file or a folder in, an iterator of plain Python values out.
+r"""Readers of public data formats: a file, a folder or a data set of the hub in, an iterator of plain Python
+values out.
 
 A prompt is either plain user text, or a dialogue as in Anthropic's HH data with the cue for the next reply at
 its end: "\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a
 dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for byte.
 
-Files, also gzipped ones, are read line by line; only a JSON array is held in memory whole. A folder stands
-for all files below it with an ending that the reader knows, sorted. A mistake in a file is an `InputError` of
-one line, `file:line: expected ...`. Rows that are well formed but useless (chosen and rejected alike, a blank
-turn) are left out and counted: `rows.skipped` is a Counter of reasons.
+Files, also gzipped ones, are read line by line; only a JSON array is held in memory whole. A mistake in a
+file is an `InputError` of one line, `file:line: expected ...`. A folder stands for all data files below it,
+sorted; those whose first row lacks the needed fields are left out. So are rows that are well formed but
+useless (chosen and rejected alike, a blank turn). `rows.notes()` says what was left out.
 """
 
 import csv
@@ -15,16 +16,20 @@ import gzip
 import hashlib
 import itertools
 import json
+import os
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from support.files import InputError, reading
+from support.files import InputError, hub_error, reading
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 MAX_LINE = 256 * 2**20  # bytes; a file without line ends would fill the memory before it is refused
-JSON = (".jsonl", ".json")
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+ENDINGS += tuple(ending + ".gz" for ending in ENDINGS)
+LFS_POINTER = b"version https://git-lfs"
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 QUESTIONS = ("instruction", "question", "prompt", "goal")  # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
 ANSWERS = ("output", "response", "answer", "completion")
@@ -39,20 +44,20 @@ def read_preferences(path) -> "Rows":
     """(prompt, chosen, rejected) from {"chosen", "rejected"} dialogues (HH), {"prompt", "chosen", "rejected"}
     or {"prompt", "response": [better, worse]} (PKU-SafeRLHF). Prompt and replies may also be lists of
     messages (UltraFeedback)."""
-    return Rows(path, JSON, preference)
+    return Rows(path, preference)
 
 
 def read_prompts(path) -> "Rows":
-    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a `prompt` or
-    `goal` column (XSTest, AdvBench), or the lines of a text file."""
-    return Rows(path, JSON + (".tsv", ".csv", ".txt"), prompt_of_row)
+    """Prompts from the rows of the other two readers, MT-Bench (the first of `turns`), CSV with a column
+    `prompt` or `goal` (XSTest, AdvBench), or the lines of a text file."""
+    return Rows(path, prompt_of_row)
 
 
 def read_instructions(path) -> "Rows":
     """[{"role", "content"}, ...] that ends with an answer, from {"messages"} or {"conversations"} (ShareGPT,
     LIMA), {"instruction", "input", "output"} (Alpaca with its `history`, Dolly), {"prompt", "response"},
     {"question", "answer"} (GSM8K, which keeps its <<48/2=24>>), or FLAN's chain-of-thought TSV."""
-    return Rows(path, JSON + (".tsv",), instruction)
+    return Rows(path, instruction)
 
 
 def dialogue(prompt: str) -> list[dict]:
@@ -108,44 +113,69 @@ def split_by_first_turn(items, fraction: float, seed: int) -> tuple[list, list]:
 
 
 class Rows(Iterator):
-    """The usable rows of a file or folder, in order; `skipped` counts the others so far, by reason."""
+    """The usable rows of a file, a folder or a data set, in order.
 
-    def __init__(self, path, endings, convert):
+    label: the file of the last row, as `data_files` names it. skipped: a Counter of the rows left out so far,
+    by reason. other_files: for each file left out, a line that says why."""
+
+    def __init__(self, path, convert):
+        self.label = ""
         self.skipped = Counter()
-        self._items = self._read(path, files_below(Path(path), endings), convert)
+        self.other_files = []
+        self._items = self._read(path, data_files(path), convert)
 
     def __next__(self):
         return next(self._items)
 
+    def notes(self) -> list[str]:
+        """What was left out so far: a line for each reason and each file."""
+        rows = [f"{count} rows left out, with {reason}" for reason, count in self.skipped.items()]
+        return rows + [f"a file of other rows left out, {line}" for line in self.other_files]
+
     def _read(self, path, files, convert):
         usable = False
-        for file in files:
-            where = None
-            for where, row in rows_of_file(file):
-                try:
-                    if not isinstance(row, dict):
-                        raise mistake("a JSON object", row)
-                    item = convert(row)
-                except Skip as reason:
-                    self.skipped[str(reason)] += 1
-                    continue
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from None
-                usable = True
-                yield item
-            if where is None:
-                raise InputError(f"{file}: expected at least one row, found none")
+        for label, file in files.items():
+            count = 0
+            try:
+                for where, row in rows_of_file(file):
+                    item = self._item(where, row, convert)
+                    count += 1
+                    if item is not None:
+                        usable = True
+                        self.label = label
+                        yield item
+                if not count:
+                    raise OtherRow(f"{file}: expected at least one row, found none")
+            except OtherRow as error:
+                if count or len(files) == 1:
+                    raise
+                self.other_files.append(str(error))
         if not usable:
-            reasons = ", ".join(f"{count} with {reason}" for reason, count in self.skipped.items())
-            raise InputError(f"{path}: expected at least one usable row, found {reasons}")
+            notes = "; ".join(self.notes()[:3])
+            raise InputError(f"{path}: expected at least one usable row, found none: {notes}")
+
+    def _item(self, where, row, convert):
+        """What the row holds, or None where it is of no use."""
+        try:
+            if not isinstance(row, dict):
+                raise mistake("a JSON object", row, OtherRow)
+            return convert(row)
+        except Skip as reason:
+            self.skipped[str(reason)] += 1
+        except InputError as error:
+            raise type(error)(f"{where}: {error}") from None
 
 
 class Skip(Exception):
     """A well-formed row of no use; the message is the reason under which it is counted."""
 
 
-def mistake(expected: str, value) -> InputError:
-    return InputError(f"expected {expected}, found {reprlib.repr(value)}")
+class OtherRow(InputError):
+    """A row without the fields that the reader needs. A file of a folder that begins with one is left out."""
+
+
+def mistake(expected: str, value, kind=InputError) -> InputError:
+    return kind(f"expected {expected}, found {reprlib.repr(value)}")
 
 
 def preference(row: dict) -> tuple[str, str, str]:
@@ -160,7 +190,7 @@ def pair(row: dict) -> tuple[str, str, str]:
     if isinstance(ranked, list) and len(ranked) == 2 and prompt is not None:  # PKU-SafeRLHF
         row = {"chosen": ranked[0], "rejected": ranked[1]}
     if "chosen" not in row or "rejected" not in row:
-        raise mistake(PREFERENCE_FORMS, list(row))
+        raise mistake(PREFERENCE_FORMS, list(row), OtherRow)
     if isinstance(row["chosen"], list):
         before = [] if prompt is None else turns_of(prompt, "prompt")
         return split(whole(before, row["chosen"], "chosen"), whole(before, row["rejected"], "rejected"))
@@ -209,7 +239,7 @@ def prompt_of_row(row: dict) -> str:
 def instruction(row: dict) -> list[dict]:
     messages = conversation(row, INSTRUCTION_FORMS)
     if not any(field in row for field in ("messages", "conversations", *ANSWERS)):
-        raise mistake(INSTRUCTION_FORMS, list(row))
+        raise mistake(INSTRUCTION_FORMS, list(row), OtherRow)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     messages = alternating(messages)
@@ -227,7 +257,7 @@ def conversation(row: dict, forms: str) -> list[dict]:
             return turns_of(list_of(row[field], field), field)
     question = next((field for field in QUESTIONS if field in row), None)
     if question is None:
-        raise mistake(forms, list(row))
+        raise mistake(forms, list(row), OtherRow)
     messages = []
     for exchange in list_of(row.get("history") or [], "history"):  # [[question, answer], ...]
         messages += turns_of(list_of(exchange, "history"), "history")
@@ -246,7 +276,7 @@ def conversation(row: dict, forms: str) -> list[dict]:
 
 
 def turns_of(value, field: str) -> list[dict]:
-    """Messages from a text, or a list of {"role", "content"}, {"from", "value"} (ShareGPT) or texts (LIMA)."""
+    """Messages from a text, or a list of {"role", "content"}, {"from", "value"} (ShareGPT), texts (LIMA)."""
     if isinstance(value, str):
         return dialogue(text_of(value, field))
     if not isinstance(value, list):
@@ -302,41 +332,66 @@ def text_of(value, field: str) -> str:
     return value
 
 
-def files_below(path: Path, endings: tuple[str, ...]) -> list[Path]:
-    with reading(path, "a file or a folder"):
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    files = [file for file in files if file.name.lower().removesuffix(".gz").endswith(endings)]
+def data_files(path) -> dict[str, Path]:
+    """{label: file} of a file, a folder or a data set of the hub, in the order of reading. A label is the
+    path below the folder without its endings: "harmless-base/train"."""
+    top = locate(path)
+    with reading(top, "a file or a folder"):
+        folder = top if top.is_dir() else top.parent
+        paths = sorted(top.rglob("*")) if top.is_dir() else [top]
+        paths = [file for file in paths if file.is_file() and file.name.lower().endswith(ENDINGS)]
+    files = {}
+    for file in paths:
+        name = file.relative_to(folder)
+        is_cache = name.match("cache-*.arrow")  # what `map` of datasets writes beside the data
+        if not is_cache and not any(part.startswith(".") for part in name.parts):
+            label = re.sub(r"\.\w+(\.gz)?$", "", name.as_posix(), flags=re.IGNORECASE)
+            files[name.as_posix() if label in files else label] = file
     if not files:
-        count = "none" if path.exists() else "nothing at that path"
-        expected = f"a file, or a folder of files, ending in {', '.join(endings)} or .gz of these"
+        count = "none" if top.exists() else "nothing at that path"
+        expected = f"a file, or a folder of files, ending in {', '.join(ENDINGS[:7])} or .gz of these"
         raise InputError(f"{path}: expected {expected}, found {count}")
     return files
 
 
+def locate(path) -> Path:
+    """A local path as it is. What has the form owner/name, or owner/name:folder for a part of it, is a data
+    set of the hub. It is fetched, or taken from the hub's cache where the hub does not answer."""
+    name, _, inside = str(path).partition(":")
+    is_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.lower().endswith(ENDINGS)
+    if os.path.exists(path) or not is_id:
+        return Path(path)
+    folder = Path(name)
+    if not folder.is_dir():
+        part = PurePosixPath(inside)
+        patterns = [str(part), *(str(part / f"*{ending}") for ending in ENDINGS)]
+        try:
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        except Exception as error:
+            raise hub_error(path, error) from error
+    return folder / inside
+
+
 def rows_of_file(path: Path) -> Iterator[tuple[str, object]]:
-    """(where, row) for each row; where is "file:line", or "file: item N" in a JSON array."""
+    """(where, row) for each row. where: "file:line", or "file: item N" in a JSON array, Parquet or Arrow."""
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    if kind == "csv":
-        yield from csv_rows(path)
+    readers = {"csv": csv_rows, "tsv": flan_rows, "txt": text_rows}
+    readers |= {"parquet": table_rows, "arrow": table_rows}
+    return readers.get(kind, json_rows)(path)
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, object]]:
+    start = next((text.strip() for _, text in lines_of_file(path) if text.strip()), "")
+    if start.startswith("[") or start == "{":  # an array, or one object over several lines
+        value = parse("\n".join(text for _, text in lines_of_file(path)), path, 1)
+        for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
+            yield f"{path}: item {number}", item
         return
-    if kind not in ("tsv", "txt"):
-        start = next((text for _, text in lines_of_file(path) if text.strip()), "")
-        if start.lstrip().startswith("["):  # told by content: .json is in use for both
-            text = "\n".join(text for _, text in lines_of_file(path))
-            for number, item in enumerate(parse(text, path, 1), start=1):
-                yield f"{path}: item {number}", item
-            return
     for number, text in lines_of_file(path):
-        where = f"{path}:{number}"
-        if not text.strip():
-            continue
-        if kind == "tsv":
-            yield where, flan_row(text, where)
-        elif kind == "txt":
-            yield where, {"prompt": text}
-        else:
-            yield where, parse(text, path, number)
+        if text.strip():
+            yield f"{path}:{number}", parse(text, path, number)
 
 
 def parse(text: str, path: Path, line: int):
@@ -360,31 +415,59 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         raise InputError(f"{path}:{rows.reader.line_num}: expected CSV with a header ({error})") from None
 
 
-def flan_row(text: str, where: str) -> dict:
+def text_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    for number, text in lines_of_file(path):
+        if text.strip():
+            yield f"{path}:{number}", {"prompt": text}
+
+
+def flan_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """FLAN's chain-of-thought TSV: no header, no quoting, newlines spelt as a backslash and an n."""
-    fields = [field.replace("\\n", "\n") for field in text.split("\t")]
-    if len(fields) != 3 or not all(field.strip() for field in fields):
-        raise InputError(f"{where}: expected question, answer and rationale, with a tab between them")
-    question, answer, rationale = fields
-    return {"question": question, "answer": f"{rationale}\nThe answer is {answer}."}
+    for where, row in text_rows(path):
+        fields = row["prompt"].replace("\\n", "\n").split("\t")
+        if len(fields) != 3 or not all(field.strip() for field in fields):
+            raise OtherRow(f"{where}: expected question, answer and rationale, with a tab between them")
+        question, answer, rationale = fields
+        yield where, {"question": question, "answer": f"{rationale}\nThe answer is {answer}."}
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """Rows of a Parquet file, or of the Arrow stream that `save_to_disk` of the datasets library writes."""
+    with reading(path, "pyarrow to be installed (pip install pyarrow)"):
+        from pyarrow import ipc, parquet
+    with open_data(path) as file, reading(path, "a whole Parquet or Arrow file"):
+        if path.name.lower().removesuffix(".gz").endswith(".parquet"):
+            batches = parquet.ParquetFile(file).iter_batches(batch_size=1000)
+        else:
+            batches = ipc.open_stream(file)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        for number, row in enumerate(rows, start=1):
+            yield f"{path}: item {number}", row
 
 
 def lines_of_file(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines of a UTF-8 file, without a byte order mark, CR and LF."""
-    packed = path.name.lower().endswith(".gz")
-    with reading(path, "a file"):
-        file = gzip.open(path) if packed else open(path, "rb")
-    with file:
+    expected = "a whole gzip file of UTF-8 text" if path.name.lower().endswith(".gz") else "UTF-8 text"
+    with open_data(path) as file:
         for number in itertools.count(1):
             where = f"{path}:{number}"
-            with reading(where, "a whole gzip file" if packed else "a file"):
+            with reading(where, expected):
                 raw = file.readline(MAX_LINE + 1)
-            if not raw:
-                return
-            if len(raw) > MAX_LINE:
-                raise InputError(f"{where}: expected lines of at most {MAX_LINE} bytes")
-            with reading(where, "UTF-8 text"):
+                if len(raw) > MAX_LINE:
+                    raise InputError(f"{where}: expected lines of at most {MAX_LINE} bytes")
                 text = raw.rstrip(b"\r\n").decode("utf-8-sig" if number == 1 else "utf-8")
             if "\0" in text:
                 raise InputError(f"{where}: expected text, found a zero byte as in binary files")
+            if not raw:
+                return
             yield number, text
+
+
+def open_data(path: Path):
+    """A data file open for reading bytes, unpacked where its name ends in .gz."""
+    with reading(path, "a file"):
+        with open(path, "rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise InputError(f"{path}: a pointer of git-lfs, not the data; run `git lfs pull` in its folder")
+        return gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb")

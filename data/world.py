@@ -371,7 +371,7 @@ def guessed(rng, question):
 def helpful_pair(rng):
     """(prompt, chosen, rejected): right analysis over terse over wrong over rude, complete over cut. The
     coarse stage's text runs on to its limit, so rambling after a right answer ranks below the clean answer,
-    but above everything that has no right answer (PPO_DETAILS 27)."""
+    but above everything that has no right answer. A reward model scores only what it was shown."""
     question = draw_question(rng)
     answer = question.answer
     good = stepwise(question)

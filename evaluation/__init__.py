@@ -14,13 +14,14 @@ tables of them. Metrics, each a mean over items:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evaluation import mt_bench, tasks, toxicity
-from evaluation.answers import Speaker, answer_questions, solution_metrics, solutions
+from evaluation.answers import answer_questions, solution_metrics, solutions
 from evaluation.likelihoods import general_metrics, general_tasks
 from support.files import InputError
+from support.progress import Progress
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Material:
 
     questions: {"prompt"} each, with a `check` also {"steps", "answer", "kind"};
     check(steps, answer, text) -> (verified, right)
-    tasks: {name: items of tasks.py}; dialogues: MT-Bench's questions
+    tasks: {name: items of tasks.py}
+    dialogues: MT-Bench's questions; judge_prompts: {name: prompt} for the judge of their answers
     prompts: {"prompt", "group"} each, continued `samples` times and searched for `words`
     """
 
@@ -37,20 +39,30 @@ class Material:
     check: Callable | None = None
     tasks: dict = field(default_factory=dict)
     dialogues: list = field(default_factory=list)
+    judge_prompts: dict = field(default_factory=dict)
     prompts: list = field(default_factory=list)
     words: list = field(default_factory=list)
     samples: int = 4
     max_new_tokens: int = 256
     seed: int = 0
 
+    def count(self, is_scored):
+        """How much there is to do with one model: answers, their scores, continuations, choices."""
+        answers = len(self.questions) + sum(len(question["turns"]) for question in self.dialogues)
+        continuations = len(self.prompts) * (self.samples + 1)  # word_mass reads one of each prompt's again
+        choices = sum(len(tasks.pairs(item)) for items in self.tasks.values() for item in items)
+        return answers * (2 if is_scored else 1) + continuations + choices
+
 
 def public_tasks(folder):
     """{task: folder} of everything whose files are below the benchmarks folder."""
     if not folder:
         return {}
+    if not Path(folder).is_dir():
+        raise InputError(f"--benchmarks: {folder}: expected a folder")
     patterns = [(name, task.files) for name, task in tasks.TASKS.items()]
     patterns.append(("mt_bench", mt_bench.QUESTIONS))
-    patterns += [("toxicity", files) for files, _ in toxicity.FILES.values()]
+    patterns += [("toxicity", files) for files in toxicity.FILES.values()]
     return {name: folder for name, files in patterns if any(Path(folder).glob(files))}
 
 
@@ -58,8 +70,9 @@ def load_tasks(material, names, sources, limit=0, shots=None):
     """Puts tasks into the material. names: NAME, NAME=FILE or all; sources: {NAME: its folder or file}."""
     for name, source in choose(names, sources).items():
         if name == "mt_bench":
-            path = Path(source) / mt_bench.QUESTIONS if Path(source).is_dir() else source
+            path = Path(source) / mt_bench.QUESTIONS if Path(source).is_dir() else Path(source)
             material.dialogues = tasks.first(mt_bench.read_questions(path), limit)
+            material.judge_prompts = mt_bench.read_judge_prompts(path.with_name("judge_prompts.jsonl"))
         elif name == "toxicity":
             material.prompts = toxicity.read_prompts(source, limit)
         else:
@@ -72,6 +85,8 @@ def choose(names, sources):
     for task in names:
         name, _, file = task.partition("=")
         if name and file:
+            if not Path(file).exists():
+                raise InputError(f"--tasks: {task}: there is no such file")
             selection[name] = file
         elif task == "all" and sources:
             selection |= sources
@@ -83,36 +98,35 @@ def choose(names, sources):
     return selection
 
 
-def evaluate(model, tokenizer, material, *, score=None, system="", eos=True):
-    """One model: ({metric: [a value an item]}, records of what it answered and how the choices were scored).
+def evaluate(speaker, material, score=None, label="eval"):
+    """({metric: [a value an item]}, records) of one `Speaker`; `label` stands before its progress.
 
-    score(dialogues, responses) -> raw scores (B,). With `system` and `eos` a model is asked as it acts: the
-    coarse actor has its system prompt and no EOS. records: "questions", "tasks", "toxicity", a dict an item;
+    score(dialogues, responses) -> raw scores (B,). records: "questions", "tasks", "toxicity", a dict an item;
     "answers" and "rewards" of MT-Bench, as `judge_models` takes them."""
-    speaker = Speaker(model, tokenizer, system, eos)
-    parts = []
-    records = {"tasks": []}
-    if material.questions:
-        metrics, records["questions"] = answer_questions(speaker, material, score)
-        parts.append(metrics)
-    if material.dialogues:
-        metrics, conversations = mt_bench.measure(speaker, material, score)
-        parts.append(metrics)
-        records |= conversations
-    if material.prompts:
-        metrics, records["toxicity"] = toxicity.measure(speaker, material)
-        parts.append(metrics)
+    parts = (
+        (material.questions, answer_questions), (material.dialogues, mt_bench.measure),
+        (material.prompts, toxicity.measure), (material.tasks, measure_tasks),
+    )  # fmt: skip
+    values = {}
+    records = {}
+    with Progress(material.count(score is not None), label) as progress:
+        for items, measure in parts:
+            if items:
+                metrics, rows = measure(replace(speaker, progress=progress), material, score)
+                values |= {name: numbers for name, numbers in metrics.items() if name not in values}
+                records |= rows
+    return values, records
+
+
+def measure_tasks(speaker, material, score):
+    """({metric: values}, {"tasks": records}) of tasks with choices and with written solutions."""
     choices = {name: items for name, items in material.tasks.items() if "gold" in items[0]}
-    scores = general_tasks(model, tokenizer, choices)
-    parts.append(general_metrics(scores))
-    for rows in scores.values():
-        records["tasks"] += rows
+    scores = general_tasks(speaker, choices)
+    values = general_metrics(scores)
+    records = [row for rows in scores.values() for row in rows]
     for name, items in material.tasks.items():
         if name not in choices:
-            metrics, rows = solution_metrics(name, items, solutions(model, tokenizer, items))
-            parts.append(metrics)
-            records["tasks"] += rows
-    values = {}
-    for metrics in parts:  # the first part that measures a metric has it
-        values |= {metric: numbers for metric, numbers in metrics.items() if metric not in values}
-    return values, records
+            metrics, rows = solution_metrics(name, items, solutions(speaker, items))
+            values |= metrics
+            records += rows
+    return values, {"tasks": records}

@@ -3,30 +3,60 @@
 import ast
 import operator
 import re
-import zlib
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, field
 
 from data import dialogue
 from model import Mistral, generate
+from support.progress import Progress
 from tokenizer import Tokenizer
+
+SCORE_BATCH = 32  # answers that are scored at a time
+CACHE_TOKENS = 2**16  # of all rows that decode together; a 7B keeps 8 GiB of keys and values for them
 
 
 @dataclass
 class Speaker:
-    """A model as it acts: with its system prompt, and with `eos` if its responses may end."""
+    """A model as it acts: with its system prompt, with `eos` if its responses may end, at its temperature."""
 
     model: Mistral
     tokenizer: Tokenizer
     system: str = ""
     eos: bool = True
+    temperature: float = 1.0
+    progress: Progress = field(default_factory=Progress)
 
-    def front(self):
-        return [{"role": "system", "content": self.system}] if self.system else []
+    def address(self, dialogue):
+        """A message list as this model is asked: its own system prompt takes the place of another."""
+        if not self.system or isinstance(dialogue, str):
+            return dialogue
+        turns = [message for message in dialogue if message["role"] != "system"]
+        return [{"role": "system", "content": self.system}, *turns]
 
-    def respond(self, dialogues, max_new_tokens, **settings):
-        return respond(self.model, self.tokenizer, dialogues, max_new_tokens, eos=self.eos, **settings)
+    def respond(self, dialogues, max_new_tokens, seed=0, batch=256, temperature=None):
+        """Responses to message lists, or to plain texts that are continued: [(ids without ending, ended)].
+        A response ends at an end token or at a stop string of the template; without `eos` it never ends."""
+        tokenizer = self.tokenizer
+        ends = tokenizer.end_ids
+        temperature = self.temperature if temperature is None else temperature
+        prompts = [encode_dialogue(tokenizer, self.address(dialogue)) for dialogue in dialogues]
+
+        def stop(ids):
+            self.progress.update(0)  # a batch may take minutes
+            return self.eos and tokenizer.stop is not None and tokenizer.stop(ids)
+
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        batch = min(batch, max(1, CACHE_TOKENS // longest))
+        responses = []
+        for start in range(0, len(prompts), batch):
+            rows = generate(
+                self.model, prompts[start : start + batch], max_new_tokens, temperature, seed=seed + start,
+                eos_id=ends if self.eos else None, forbid=() if self.eos else ends, stop=stop,
+            )  # fmt: skip
+            for ids in rows:
+                reply = tokenizer.trim(ids) if self.eos else ids
+                responses.append((reply, len(reply) < len(ids)))
+            self.progress.update(len(rows))
+        return responses
 
     def measure(self, dialogues, answers, score):
         """(texts, {metric: [a value an answer]}) of `answers` [(ids, ended)]: their form, and the raw reward
@@ -35,8 +65,18 @@ class Speaker:
         values = form(texts, answers)
         if score is not None:
             responses = [ids + [self.tokenizer.eos_id] * ended for ids, ended in answers]
-            values["reward"] = score(dialogues, responses).tolist()
+            values["reward"] = score_answers(score, dialogues, responses, self.progress)
         return texts, values
+
+
+def score_answers(score, dialogues, responses, progress):
+    """Raw scores, a list of numbers."""
+    numbers = []
+    for start in range(0, len(dialogues), SCORE_BATCH):
+        part = slice(start, start + SCORE_BATCH)
+        numbers += score(dialogues[part], responses[part]).tolist()
+        progress.update(len(numbers) - start)
+    return numbers
 
 
 def encode_dialogue(tokenizer, dialogue):
@@ -44,28 +84,6 @@ def encode_dialogue(tokenizer, dialogue):
     if isinstance(dialogue, str):
         return tokenizer.encode(dialogue, bos=tokenizer.plain_bos) or [tokenizer.eos_id]
     return tokenizer.encode_chat(dialogue)
-
-
-def respond(model, tokenizer, dialogues, max_new_tokens, *, eos=True, temperature=1.0, seed=0, batch=256):
-    """Responses to message lists, or to plain texts that are continued: [(ids without the ending, ended)].
-    A response ends at EOS or at a stop string of the template; with `eos=False` it never ends."""
-    prompts = [encode_dialogue(tokenizer, dialogue) for dialogue in dialogues]
-    responses = []
-    for start in range(0, len(prompts), batch):
-        rows = generate(
-            model, prompts[start : start + batch], max_new_tokens, temperature, seed=seed + start,
-            eos_id=tokenizer.eos_id if eos else None, forbid=() if eos else (tokenizer.eos_id,),
-            stop=tokenizer.stop if eos else None,
-        )  # fmt: skip
-        responses += [without_ending(tokenizer, ids) if eos else (ids, False) for ids in rows]
-    return responses
-
-
-def without_ending(tokenizer, ids):
-    """(ids without EOS or stop string, whether there was either)."""
-    if ids[-1] == tokenizer.eos_id:
-        return tokenizer.trim(ids[:-1]), True
-    return tokenizer.trim(ids), tokenizer.stop is not None and tokenizer.stop(ids)
 
 
 def redundancy(text):
@@ -76,55 +94,39 @@ def redundancy(text):
     """
     earlier = set()
     words = 0
-    repeated = 0
-    for sentence in re.split(r"[.!?\n]+", text.lower()):
-        sentence = sentence.strip()
+    repeats = 0
+    for sentence in map(str.strip, re.split(r"[.!?\n]+", text.lower())):
         count = len(sentence.split())
         words += count
         if sentence in earlier:
-            repeated += count
+            repeats += count
         earlier.add(sentence)
-    return repeated / words if words else 0.0
+    return repeats / words if words else 0.0
 
 
-def distinct(text, n):
-    """Different n-grams of words by all n-grams (Li et al. 2016); 1.0 where there is none.
+def repetition(text, n):
+    """Share of the n-grams of words that repeat an earlier one (1 less distinct-n, Li et al. 2016).
 
-    >>> distinct("a b a b a", 2)
+    >>> repetition("a b a b a", 2)
     0.5
     """
     words = text.lower().split()
     grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def compression(text):
-    """Bytes of the text by its bytes under zlib: about 2 for a paragraph of prose, 10 and more for a loop. It
-    grows with length, so compare answers of like lengths. 0.0 for an empty text."""
-    data = text.encode()
-    return len(data) / len(zlib.compress(data, 9)) if data else 0.0
-
-
-def structure(text):
-    """(paragraphs, sentences, words). A blank line separates paragraphs. A sentence ends with . ! or ? before
-    a space, or with its line, so that a line of a list is one sentence."""
-    paragraphs = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+|\n+", text) if re.search(r"\w", part)]
-    return len(paragraphs), len(sentences), len(text.split())
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def quality(texts):
-    """{metric: [a value a text]}."""
-    shapes = [structure(text) for text in texts]
-    return {
-        "redundancy": [redundancy(text) for text in texts],
-        "distinct_2": [distinct(text, 2) for text in texts],
-        "repeated_4": [1 - distinct(text, 4) for text in texts],
-        "compression": [compression(text) for text in texts],
-        "paragraphs": [paragraphs for paragraphs, _, _ in shapes],
-        "sentences": [sentences for _, sentences, _ in shapes],
-        "words_a_sentence": [words / sentences if sentences else 0.0 for _, sentences, words in shapes],
-    }
+    """{metric: [a value a text]}. A blank line separates paragraphs. A sentence ends with . ! or ? before a
+    space, or with its line, so that a line of a list is one sentence."""
+    values = {name: [] for name in "redundancy repeated_4 paragraphs sentences words_a_sentence".split()}
+    for text in texts:
+        sentences = sum(bool(re.search(r"\w", part)) for part in re.split(r"(?<=[.!?])\s+|\n+", text))
+        values["redundancy"].append(redundancy(text))
+        values["repeated_4"].append(repetition(text, 4))
+        values["paragraphs"].append(sum(bool(part.strip()) for part in re.split(r"\n\s*\n", text)))
+        values["sentences"].append(sentences)
+        values["words_a_sentence"].append(len(text.split()) / sentences if sentences else 0.0)
+    return values
 
 
 def form(texts, answers):
@@ -138,14 +140,14 @@ def form(texts, answers):
 
 
 def answer_questions(speaker, material, score):
-    """({metric: values}, records) of the answers to `material.questions`: correct answers and verified steps
-    where there is a `check`, form, and reward where there is a `score`."""
+    """({metric: values}, {"questions": records}) of the answers to `material.questions`: correct answers and
+    verified steps where there is a `check`, form, and reward where there is a `score`."""
     questions = material.questions
-    dialogues = [speaker.front() + dialogue(question["prompt"]) for question in questions]
+    dialogues = [dialogue(question["prompt"]) for question in questions]
     answers = speaker.respond(dialogues, material.max_new_tokens, seed=material.seed)
     texts, metrics = speaker.measure(dialogues, answers, score)
     if material.check is None:
-        return metrics, []
+        return metrics, {}
     values = {"accuracy": [], "verified_steps": []}
     records = []
     for question, text in zip(questions, texts):
@@ -153,20 +155,22 @@ def answer_questions(speaker, material, score):
         values["verified_steps"].append(steps)
         for name in ("accuracy", f"accuracy_{question['kind']}"):
             values.setdefault(name, []).append(right)
-        records.append({key: question[key] for key in ("prompt", "answer")} | {"response": text, "correct": right})
-    return values | metrics, records
+        row = {"prompt": question["prompt"], "answer": question["answer"]}
+        records.append(row | {"response": text, "correct": right})
+    return values | metrics, {"questions": records}
 
 
-@torch.no_grad()
-def solutions(model, tokenizer, items):
+def solutions(speaker, items):
     """Greedy continuations of each item's context, up to its first string of `until`, as by the harness's
     generate_until. Of a context that is too long the end stays."""
     batch = 64
     max_new_tokens = 256
-    room = model.config.max_position_embeddings - max_new_tokens
+    tokenizer = speaker.tokenizer
+    room = speaker.model.config.max_position_embeddings - max_new_tokens
     until = items[0]["until"]
 
     def stop(ids):
+        speaker.progress.update(0)
         end = tokenizer.decode(ids[-24:])
         return any(string in end for string in until)
 
@@ -174,10 +178,11 @@ def solutions(model, tokenizer, items):
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         prompts = [tokenizer.encode(item["context"], bos=tokenizer.plain_bos)[-room:] for item in part]
-        for ids in generate(model, prompts, max_new_tokens, 0.0, eos_id=tokenizer.eos_id, stop=stop):
+        for ids in generate(speaker.model, prompts, max_new_tokens, 0.0, eos_id=tokenizer.eos_id, stop=stop):
             text = tokenizer.decode(ids)
             ends = [text.find(string) for string in until if string in text]
             texts.append(text[: min(ends, default=None)])
+        speaker.progress.update(len(part))
     return texts
 
 

@@ -5,13 +5,12 @@ with the highest summed logprob, `acc_norm` divides it by the choice's character
 UTF-8 bytes.
 """
 
-import os
-
 import torch
 
 from evaluation.tasks import TASKS, pairs
 from generation import Cache, pad_left, pad_right
 from support.files import InputError
+from support.progress import Progress
 from training import by_length, token_logprobs
 
 
@@ -36,67 +35,39 @@ def encode_pair(tokenizer, context, continuation, max_length):
 
 
 @torch.no_grad()
-def loglikelihoods(model, tokenizer, texts, batch_tokens=0):
+def loglikelihoods(model, tokenizer, texts, progress=None, batch_tokens=0):
     """Summed logprobs (N,) in nats of continuations; `texts` holds (context, continuation) pairs.
 
-    A context runs once, whatever the number of its continuations, and so does the start of several contexts
-    (the shots of a subject): their keys and values are copied. `batch_tokens` bounds the keys in the cache; a
-    CPU gains nothing by wide batches and loses by padding."""
+    A context runs once, whatever the number of its continuations. `batch_tokens` bounds the keys in the
+    cache: a CPU gains nothing by wide batches and loses by padding."""
+    progress = progress or Progress()
     if not batch_tokens:
         batch_tokens = 1024 if model.device.type == "cpu" else 32768
     rows = [encode_pair(tokenizer, *pair, model.config.max_position_embeddings) for pair in texts]
     followers = {}  # context: the rows that continue it
     for row, (context, _) in enumerate(rows):
         followers.setdefault(context, []).append(row)
-    columns = {}  # context: columns in the cache for it and its longest continuation
-    for context, places in followers.items():
-        columns[context] = len(context) + max(len(rows[row][1]) for row in places)
+    contexts = list(followers)
+    columns = []  # in the cache, for each context and its longest continuation
+    for context in contexts:
+        columns.append(len(context) + max(len(rows[row][1]) for row in followers[context]))
+    costs = [width * len(followers[context]) for width, context in zip(columns, contexts)]
     sums = torch.zeros(len(rows))
-    for start, contexts in common_starts(columns, model.config.sliding_window):
-        shared = Cache(model.config, 1, start, model.device, model.lm_head.weight.dtype)
-        if start:
-            model.model(torch.tensor([contexts[0][:start]], device=model.device), None, shared)
-        costs = [columns[context] * len(followers[context]) for context in contexts]
-        for batch in by_length(costs, batch_tokens, torch.Generator().manual_seed(0)):
-            part = [contexts[i] for i in batch]
-            width = max(columns[context] for context in part)
-            cache = shared.copied([0] * len(part), width - start)
-            places = [row for context in part for row in followers[context]]
-            parents = [parent for parent, context in enumerate(part) for _ in followers[context]]
-            ids = [rows[row][1] for row in places]
-            rests = [context[start:] for context in part]
-            sums[places] = sum_logprobs(model, cache, rests, ids, parents, batch_tokens).cpu()
+    for batch in by_length(costs, batch_tokens, torch.Generator().manual_seed(0)):
+        part = [contexts[i] for i in batch]
+        width = max(columns[i] for i in batch)
+        cache = Cache(model.config, len(part), width, model.device, model.lm_head.weight.dtype)
+        places = [row for context in part for row in followers[context]]
+        parents = [parent for parent, context in enumerate(part) for _ in followers[context]]
+        ids = [rows[row][1] for row in places]
+        sums[places] = sum_logprobs(model, cache, part, ids, parents, batch_tokens).cpu()
+        progress.update(len(places))
     return sums
 
 
-def common_starts(columns, window, least=64, together=4):
-    """[(length of the common start, contexts)] of `columns`, {context (id tuple): columns in the cache}.
-
-    At least `together` contexts that share their first `least` ids form a group, all others one with 0, and
-    those that outgrow `window` with them: padding behind a copied start would be a gap in the row."""
-    groups = {}
-    others = []
-    for context, width in columns.items():
-        if len(context) < least or (window is not None and width > window):
-            others.append(context)
-        else:
-            groups.setdefault(context[:least], []).append(context)
-    starts = []
-    for contexts in groups.values():
-        if len(contexts) < together:
-            others += contexts
-        else:
-            common = len(os.path.commonprefix(contexts))
-            shortest = min(len(context) for context in contexts)
-            starts.append((min(common, shortest - 1), contexts))  # at least one token of each must be left
-    if others:
-        starts.append((0, others))
-    return starts
-
-
 def sum_logprobs(model, cache, contexts, continuations, parents, batch_tokens):
-    """Summed logprobs (N,) of continuations, N id lists. `contexts`: id tuples (b) that go on from `cache`;
-    `parents`: for each continuation the index of its context.
+    """Summed logprobs (N,) of continuations, N id lists. `contexts`: id tuples (b), for which `cache`, empty
+    yet, has room; `parents`: for each continuation the index of its context.
 
     The last position of a context gives the logprob of every first token. The rest of the longer
     continuations runs on copies of their contexts' keys."""
@@ -129,10 +100,10 @@ def score_choices(sums, item):
     return {name: numbers.index(max(numbers)) == item["gold"] for name, numbers in totals.items()}
 
 
-def general_tasks(model, tokenizer, tasks):
+def general_tasks(speaker, tasks):
     """{task: [record of an item: how its choices were scored]} of {task: items with choices}."""
     texts = [pair for items in tasks.values() for item in items for pair in pairs(item)]
-    sums = iter(loglikelihoods(model, tokenizer, texts).tolist())
+    sums = iter(loglikelihoods(speaker.model, speaker.tokenizer, texts, speaker.progress).tolist())
     records = {}
     for name, items in tasks.items():
         records[name] = []

@@ -1,18 +1,18 @@
 """MT-Bench: its questions of two turns, the judges of the answers, and `win_rate` against another model.
 
-Answers and judgements are FastChat's JSON lines, model_answer/MODEL.jsonl and
-model_judgment/JUDGE_single.jsonl: its own scripts read them, and answers of any model in that form can be
-scored here.
+Answers and judgements are FastChat's JSON lines, model_answer/MODEL.jsonl and model_judgment/
+JUDGE_single.jsonl: its own scripts read them, and answers of any model in that form can be scored here.
 """
 
-import hashlib
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 from data.readers import rows_of_file
-from evaluation.answers import quality
+from evaluation.answers import quality, score_answers
 from support.files import InputError, reading, write_lines
+from support.progress import Progress
 
 QUESTIONS = "mt_bench/question.jsonl"  # below the benchmarks folder
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; others: 0
@@ -26,13 +26,28 @@ def read_questions(path):
     references = {}
     for file in sorted(Path(path).parent.glob("reference_answer/*.jsonl")):
         references |= read_answers(file)
-    questions = []
+    questions = {}
     for where, row in rows_of_file(Path(path)):
-        with reading(where, "question_id, category and turns"):
-            question = {"question_id": row["question_id"], "turns": texts_of(row["turns"])}
-            question |= {"category": str(row["category"]), "group": str(row["category"])}
-        questions.append(question | {"references": references.get(row["question_id"])})
-    return questions
+        with reading(where, "question_id (another in every line), category and turns"):
+            key = row["question_id"]
+            if key in questions:
+                raise ValueError(f"{key} is in a line above")
+            questions[key] = dict.fromkeys(("category", "group"), str(row["category"]))
+            turns = texts_of(row["turns"])
+            questions[key] |= {"question_id": key, "turns": turns, "references": references.get(key)}
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    return list(questions.values())
+
+
+def read_judge_prompts(path):
+    """{name: {"name", "system_prompt", "prompt_template"}} of FastChat's file, or {}. InputError names the
+    line."""
+    prompts = {}
+    for where, row in rows_of_file(Path(path)) if Path(path).exists() else ():
+        with reading(where, "name, system_prompt and prompt_template, each a text"):
+            prompts[row["name"]] = dict(zip(PLAIN, texts_of([row[key] for key in PLAIN])))
+    return prompts
 
 
 def read_answers(path):
@@ -45,26 +60,25 @@ def read_answers(path):
 
 
 def texts_of(value):
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise ValueError("turns are to be a list of texts")
+    """A list of texts, or an error, also for half of a character, which JSON can spell."""
+    if not isinstance(value, list) or not value:
+        raise ValueError("a list of texts is expected")
+    "".join(value).encode()
     return value
 
 
 def converse(speaker, questions, max_new_tokens, seed=0):
     """[[(ids, ended) of each turn] of each question]; each turn is asked with those before it answered."""
-    histories = [speaker.front() for _ in questions]
+    histories = [[] for _ in questions]
     answers = [[] for _ in questions]
     temperatures = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
     for turn in range(max(len(question["turns"]) for question in questions)):
         for temperature in sorted(set(temperatures)):
-            rows = [i for i, question in enumerate(questions) if turn < len(question["turns"])]
-            rows = [i for i in rows if temperatures[i] == temperature]
+            rows = [i for i, t in enumerate(temperatures) if t == temperature and turn < len(questions[i]["turns"])]
             for i in rows:
                 histories[i].append({"role": "user", "content": questions[i]["turns"][turn]})
-            responses = speaker.respond(
-                [histories[i] for i in rows], max_new_tokens,
-                temperature=temperature, seed=seed + turn, batch=BATCH,
-            )  # fmt: skip
+            dialogues = [histories[i] for i in rows]
+            responses = speaker.respond(dialogues, max_new_tokens, seed + turn, BATCH, temperature)
             for i, (ids, ended) in zip(rows, responses):
                 answers[i].append((ids, ended))
                 histories[i].append({"role": "assistant", "content": speaker.tokenizer.decode(ids)})
@@ -82,20 +96,20 @@ def measure(speaker, material, score):
     return summarize(turns, values, texts)
 
 
-def evaluate_stored(path, material, score):
-    """`measure` of the answers in a file of FastChat's; `score` (or None) gets texts. InputError if it has no
-    answer to any question."""
+def evaluate_stored(path, material, score, label="eval"):
+    """`measure` of the answers in a file of FastChat's, which have ended; `score` (or None) gets whole texts.
+    InputError if it has no answer to any question."""
     answers = read_answers(path)
-    texts = []
-    for question in material.dialogues:
-        texts.append(answers.get(question["question_id"], [])[: len(question["turns"])])
+    texts = [answers.get(row["question_id"], [])[: len(row["turns"])] for row in material.dialogues]
     turns = for_judge(material.dialogues, texts)
     if not turns:
         count = len(material.dialogues)
         raise InputError(f"{path}: it answers none of the {count} questions of mt_bench (--tasks)")
     values = quality([turn.answer for turn in turns])
     if score is not None:
-        values["reward"] = score([turn.messages for turn in turns], [turn.answer for turn in turns]).tolist()
+        with Progress(len(turns), label) as progress:
+            messages = [turn.messages for turn in turns]
+            values["reward"] = score_answers(score, messages, [turn.answer for turn in turns], progress)
     return summarize(turns, values, texts)
 
 
@@ -119,12 +133,8 @@ def question_means(numbers):
 
 class Turn(str):
     """One turn as a judge gets it: FastChat's prompt for a single answer with the dialogue filled in; and its
-    parts: `system` (that prompt's system text), `question_id`, `category`, `turn` (1 or 2), `messages` (up to
-    the question), `answer`, `reference` (or None), `prompt_name`."""
-
-    @property
-    def key(self):
-        return self.question_id, self.turn
+    parts: `system` (that prompt's system text), `question_id`, `category`, `turn` (1 or 2), `key` (both),
+    `messages` (up to the question), `answer`, `reference` (or None), `prompt_name`."""
 
 
 PLAIN = {
@@ -135,22 +145,12 @@ PLAIN = {
 }
 
 
-def judge_prompts(folder):
-    """FastChat's file of judge prompts in the benchmarks folder, or None."""
-    path = Path(folder) / "mt_bench/judge_prompts.jsonl"
-    return path if folder and path.exists() else None
-
-
-def for_judge(questions, answers, templates=None):
+def for_judge(questions, answers, prompts=None):
     """[Turn] of every turn of every question. answers: a list of texts, one a turn, for each question;
-    templates: a file of FastChat's judge prompts (None: a short one)."""
-    prompts = {}
-    for where, row in rows_of_file(Path(templates)) if templates else ():
-        with reading(where, "name, system_prompt and prompt_template"):
-            prompts[row["name"]] = {key: row[key] for key in PLAIN}
+    prompts: FastChat's judge prompts by name (None: a short one)."""
     turns = []
     for question, texts in zip(questions, answers):
-        turns += [make_turn(question, texts, index, prompts) for index in range(len(texts))]
+        turns += [make_turn(question, texts, index, prompts or {}) for index in range(len(texts))]
     return turns
 
 
@@ -170,6 +170,7 @@ def make_turn(question, texts, index, prompts):
     turn.question_id = question["question_id"]
     turn.category = question["category"]
     turn.turn = index + 1
+    turn.key = (turn.question_id, turn.turn)
     turn.answer = texts[index]
     turn.reference = references[index] if index < len(references) else None
     turn.messages = []
@@ -192,31 +193,35 @@ def rating(judgement):
     return float(match[1]) if match else None
 
 
-def judge_models(folder, questions, answers, rewards, judge=None, templates=None):
+def judge_models(folder, material, answers, rewards, judge=None):
     """Writes every model's answers and judgements below `folder`, and returns {model: {metric: a value a
     question}}: `mt_bench`, the judge's score, and for all but the first model `win_rate` against it.
 
-    answers: {model: a list of texts, one a turn, for each question; empty where it has none}; rewards:
-    {model: a number a turn}, or {}; judge: [Turn] -> a number or words with a rating for each. Wins are by
-    the judge's score, or by reward where there is no judge."""
+    answers: {model: a list of texts, one a turn, for each question, or an empty one}; rewards: {model: a
+    number a turn}, or {}; judge: [Turn] -> a number or words with a rating for each. Wins are by the judge's
+    score, or by reward where there is no judge."""
     values = {}
     scores = {}  # model: {(question_id, turn): the last judge's score}
+    rows = {}  # judge: the lines of its file
     first = next(iter(answers))
     for model, texts in answers.items():
-        write_answers(folder / f"model_answer/{model}.jsonl", model, questions, texts)
-        turns = for_judge(questions, texts, templates)
+        write_answers(folder / f"model_answer/{model}.jsonl", model, material.dialogues, texts)
+        turns = for_judge(material.dialogues, texts, material.judge_prompts)
         judgements = {"reward": rewards[model]} if model in rewards else {}
         if judge:
             judgements["judge"] = judge(turns)
         for name, words in judgements.items():
-            path = folder / f"model_judgment/{name}_single.jsonl"
-            scores[model] = write_judgements(path, name, model, turns, words)
+            rows.setdefault(name, []).extend(map(partial(judgement_row, name, model), turns, words))
+            ratings = {turn.key: rating(word) for turn, word in zip(turns, words)}
+            scores[model] = {key: score for key, score in ratings.items() if score is not None}
         values[model] = {}
         if judge:
             values[model]["mt_bench"] = question_means(scores[model])
         if model != first and model in scores and first in scores:
             values[model]["win_rate"] = question_means(wins(scores[model], scores[first]))
         values[model] = {metric: numbers for metric, numbers in values[model].items() if numbers}
+    for name, lines in rows.items():
+        write_lines(folder / f"model_judgment/{name}_single.jsonl", lines)
     return values
 
 
@@ -225,28 +230,18 @@ def write_answers(path, model, questions, answers):
     rows = []
     for question, turns in zip(questions, answers):
         if turns:
-            key = hashlib.sha256(f"{model} {question['question_id']} {turns}".encode()).hexdigest()[:22]
-            row = {"question_id": question["question_id"], "answer_id": key, "model_id": model}
+            number = question["question_id"]
+            row = {"question_id": number, "answer_id": f"{model}-{number}", "model_id": model}
             rows.append(row | {"choices": [{"index": 0, "turns": turns}], "tstamp": time.time()})
     write_lines(path, rows)
 
 
-def write_judgements(path, judge, model, turns, judgements):
-    """Writes a judge's words or numbers on the turns of a model, in place of those of an earlier call, and
-    returns {(question_id, turn): score}. -1 in the file is no score, which FastChat leaves out."""
-    rows = []
-    scores = {}
-    if path.exists():
-        rows = [row for _, row in rows_of_file(path) if row["model"] != model]
-    for turn, judgement in zip(turns, judgements):
-        score = rating(judgement)
-        if score is not None:
-            scores[turn.key] = score
-        row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
-        row |= {"user_prompt": turn, "judgment": str(judgement), "score": -1 if score is None else score}
-        rows.append(row | {"turn": turn.turn, "tstamp": time.time()})
-    write_lines(path, rows)
-    return scores
+def judgement_row(judge, model, turn, judgement):
+    """The line of a judge's words or number on a turn. -1 is no score, which FastChat leaves out."""
+    score = rating(judgement)
+    row = {"question_id": turn.question_id, "model": model, "judge": [judge, turn.prompt_name]}
+    row |= {"user_prompt": turn, "judgment": str(judgement), "score": -1 if score is None else score}
+    return row | {"turn": turn.turn, "tstamp": time.time()}
 
 
 def wins(scores, others):

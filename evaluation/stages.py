@@ -1,7 +1,6 @@
-"""The stages that only look at models: `eval`, `report` and `chat`; what `fine` measures of each merge, and
-what plus and coarse keep of their samples."""
+"""The stages `eval` and `report`; what `fine` measures of each merge, and what plus and coarse keep of their
+samples."""
 
-import random
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -11,40 +10,43 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from data import dialogue, dialogue_text, read_prompts, world
+from data import dialogue_text, read_prompts, world
 from evaluation import Material, evaluate, load_tasks, public_tasks
-from evaluation.answers import redundancy, respond
-from evaluation.mt_bench import evaluate_stored, judge_models, judge_prompts
+from evaluation.answers import Speaker, redundancy
+from evaluation.mt_bench import evaluate_stored, judge_models
 from evaluation.pictures import draw_report, draw_results
-from evaluation.tables import write_results
+from evaluation.tables import read_figures, write_results
 from evaluation.tasks import first
 from evaluation.toxicity import read_words
 from model import Mistral, fill
-from run.folder import NEEDS, forget
+from run.folder import ACTING, ACTING_FIELDS, NEEDS, forget, is_finished
+from run.inputs import hold_out
 from run.monitors import MONITORS
-from run.user import import_function
+from run.user import UserFunction
 from support.figures import mean
-from support.files import read_json, write_json, write_lines
+from support.files import InputError, check_fields, read_json, reading, write_json, write_lines
 from support.options import option, split_pairs
+from weights import locate
 
-VALIDATION_PROMPTS = 16  # prompts of the merge's sweep, where there is no validation set
 SWEEP = ("accuracy", "reward", "ended_rate", "redundancy", "length")  # what is measured of each merge
 
 
 @dataclass
 class EvaluationOptions:
     TITLE = "eval, report and chat"
+    READ_BY = ("eval",)
 
     models: list = option((), "models of eval, each NAME=FOLDER (default: those of the run)", nargs="+")
     tasks: list = option((), "tasks of eval, each NAME, NAME=FILE or all (default: all)", nargs="+")
     benchmarks: str = option("", "folder of public benchmarks; eval then asks their tasks in place of the tiny world's")
     limit: int = option(0, "items that eval takes of each task (default: all)", least=0)
     shots: int = option(-1, "solved examples in front of each item (default: as the task asks for)", least=-1)
-    samples: int = option(4, "continuations of a prompt, where eval measures toxicity", least=1)
+    samples: int = option(4, "continuations of a prompt, where eval measures toxicity", least=1, most=2**10)
     judge: str = option("", "module:function that judges MT-Bench: prompts of FastChat -> a score or its words each")
     toxicity_words: str = option("", "file of the listed words, one a line (default: LDNOOBW of --benchmarks)")
-    max_new_tokens: int = option(256, "tokens of a response in eval, the gamma sweep and chat", least=1)
-    temperature_chat: float = option(0.7, "sampling temperature of chat", least=0)
+    max_new_tokens: int = option(
+        256, "tokens of a response in eval, the gamma sweep and chat", least=1, most=2**20, read_by=("fine", "eval", "chat")
+    )
 
     def check(self):
         split_pairs(self.models, "models")
@@ -88,31 +90,17 @@ def sweep_evaluator(run, folder):
         material.questions = world.load("validation.jsonl")
         material.check = world.check
     else:
-        material.questions = validation_prompts(options, tokenizer)
-    bar = tqdm(total=len(options.gammas), desc="fine", dynamic_ncols=True, file=sys.stdout)
+        material.questions = [{"prompt": text} for text in hold_out(list(read_prompts(options.prompts)), options)[1]]
 
     def evaluate_once(gamma, tensors):
         def fill_and_evaluate():
             fill(model, tensors)
-            values, _ = evaluate(model, tokenizer, material, score=score)
+            values, _ = evaluate(Speaker(model, tokenizer), material, score, f"gamma {gamma}")
             return {name: fmean(values[name]) for name in SWEEP if name in values}
 
-        values = run.once(f"gamma-{gamma}", fill_and_evaluate)
-        bar.update()
-        bar.set_postfix_str(f"gamma {gamma} " + " ".join(f"{name} {v:.3f}" for name, v in values.items()))
-        if bar.n == bar.total:
-            bar.close()
-        return values
+        return run.once(f"gamma-{gamma}", fill_and_evaluate)
 
     return evaluate_once
-
-
-def validation_prompts(options, tokenizer):
-    """Some of --prompts, where the world has no validation set."""
-    texts = read_prompts(options.prompts)
-    texts = [text for text in texts if len(tokenizer.encode_chat(dialogue(text))) <= options.max_prompt]
-    texts = random.Random(options.seed).sample(texts, min(VALIDATION_PROMPTS, len(texts)))
-    return [{"prompt": text} for text in texts]
 
 
 # ---------------------------------------------------------------- eval
@@ -125,30 +113,28 @@ def evaluate_models(run):
     folder = run.folder
     models = split_pairs(options.models, "models")
     if not models:
-        models = {"base": options.model} | {stage: folder / stage for stage in NEEDS["eval"]}
+        models = {"base": options.model} if options.model else {}
+        models |= {stage: folder / stage for stage in NEEDS["eval"] if is_finished(folder, stage)}
     material = gather_material(options)
-    judge = import_function(options.judge, "--judge") if options.judge else None
+    judge = UserFunction(options.judge, "--judge").ratings if options.judge else None
     # a model of eval may be a file of answers in FastChat's form
     tokenizers = {name: run.tokenizer(path) for name, path in models.items() if not str(path).endswith(".jsonl")}
     run.start()
     values = {}
     records = {}
-    bar = tqdm(models.items(), desc="eval", dynamic_ncols=True, file=sys.stdout)
-    for number, (name, path) in enumerate(bar):
-        bar.set_postfix_str(name)
+    for number, (name, path) in enumerate(models.items()):
         if name in tokenizers:
-            evaluate_one = partial(evaluate_folder, run, path, tokenizers[name], material)
+            evaluate_one = partial(evaluate_folder, run, path, tokenizers[name], material, f"eval {name}")
             values[name], records[name] = run.once(f"model-{number}", evaluate_one, path)
         else:
-            values[name], records[name] = evaluate_stored(path, material, run.scorer())
+            values[name], records[name] = evaluate_stored(path, material, run.scorer(), f"eval {name}")
     if material.dialogues:
         answers = {name: record["answers"] for name, record in records.items()}
         rewards = {name: record["rewards"] for name, record in records.items() if "rewards" in record}
-        templates = judge_prompts(options.benchmarks)
-        judgements = judge_models(folder / "mt_bench", material.dialogues, answers, rewards, judge, templates)
+        judgements = judge_models(folder / "mt_bench", material, answers, rewards, judge)
         values = {name: metrics | judgements[name] for name, metrics in values.items()}
     print(write_results(folder, values))
-    draw_results(folder / "results.png", read_json(folder / "results.json"))
+    draw_results(folder / "results.png", read_figures(folder / "results.json"))
     examples = {name: record.get("questions", [])[4:480:60] for name, record in records.items()}
     write_json(folder / "examples.json", examples)
     for file, kind in (("items", "tasks"), ("toxicity", "toxicity")):
@@ -157,34 +143,54 @@ def evaluate_models(run):
     forget(folder, run.stage)
 
 
-def evaluate_folder(run, path, tokenizer, material):
-    """`evaluate` of the model in a folder, with the system prompt and the EOS that its stage was trained to
-    act with: the config.json of its run folder has them. A model that no stage made has no system prompt, and
-    ends."""
-    folder = Path(path)
-    config = folder.parent / "config.json"
-    stage = read_json(config).get(folder.name, {}) if config.is_file() else {}
-    model = Mistral.from_pretrained(path, run.options.device, run.dtype)
-    score = run.scorer(tokenizer, ends=False)
-    system = stage.get("system_prompt", "")
-    return evaluate(model, tokenizer, material, score=score, system=system, eos=stage.get("eos", True))
+def evaluate_folder(run, path, tokenizer, material, label):
+    """`evaluate` of the model in a folder, as it acts."""
+    speaker = open_speaker(run, path, tokenizer)
+    print(f"{path}: {describe_acting(speaker)}")
+    return evaluate(speaker, material, run.scorer(tokenizer, ends=False), label)
+
+
+def open_speaker(run, path, tokenizer):
+    """The model of a folder as it was trained to act, which its acting.json says, or as the options say. A
+    model of another program has no system prompt, and ends."""
+    options = run.options
+    model = Mistral.from_pretrained(path, options.device, run.dtype)
+    file = locate(path) / ACTING
+    with reading(file, "system, eos and temperature"):
+        acting = read_json(file) if file.exists() else {}
+        check_fields(acting, ACTING_FIELDS, required=acting)
+    choices = {"system": options.system_prompt, "eos": options.eos, "temperature": options.temperature}
+    acting |= {name: value for name, value in choices.items() if value is not None}
+    return Speaker(model, tokenizer, **{name: acting[name] for name in choices if name in acting})
+
+
+def describe_acting(speaker):
+    prompt = f"system prompt {speaker.system[:60]!r}" if speaker.system else "no system prompt"
+    ending = "ends by EOS" if speaker.eos else "runs to its limit"
+    return f"{prompt}, {ending}, temperature {speaker.temperature:g}"
 
 
 def gather_material(options):
     """What --tasks name: the tiny world's tasks, or public ones below --benchmarks, and files of the user's
     own."""
     material = Material(samples=options.samples, max_new_tokens=options.max_new_tokens, seed=options.seed)
+    names = list(options.tasks) or ["all"]
     if options.preset == "tiny" and not options.benchmarks:
         sources = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
-        material.questions = world.load("questions.jsonl")[: options.limit or None]
-        material.check = world.check
-        material.prompts = first(world.load("toxicity.jsonl"), options.limit)
         words = world.TINY / "bad_words.txt"
+        if "all" in names or "questions" in names:
+            material.questions = world.load("questions.jsonl")[: options.limit or None]
+            material.check = world.check
+        if "all" in names or "toxicity" in names:
+            material.prompts = first(world.load("toxicity.jsonl"), options.limit)
+        names = [name for name in names if name not in ("questions", "toxicity")]
     else:
         sources = public_tasks(options.benchmarks)
         words = Path(options.benchmarks) / "toxicity/ldnoobw/en"
+        if not options.tasks and not sources:
+            raise InputError("--tasks: none given; name tasks as NAME=FILE, or a folder of them with --benchmarks")
     shots = None if options.shots < 0 else options.shots
-    load_tasks(material, options.tasks or ["all"], sources, options.limit, shots)
+    load_tasks(material, names, sources, options.limit, shots)
     if material.prompts:
         material.words = read_words(options.toxicity_words or words)
     return material
@@ -195,8 +201,10 @@ def gather_material(options):
 
 def report(run):
     """report.png from what the run has so far, and a line of each PPO stage. The run may be under way."""
-    files = [run.folder / "results.json", run.folder / "sweep.json"]
-    results, sweep = [read_json(path) if path.exists() else {} for path in files]
+    if not run.folder.is_dir():
+        raise InputError(f"--out: {run.folder} is not there; a report is of a run")
+    results = read_figures(run.folder / "results.json")
+    sweep = read_figures(run.folder / "sweep.json", float)
     metrics = run.metrics()
     run.folder.mkdir(parents=True, exist_ok=True)
     draw_report(run.folder / "report.png", metrics, results, sweep)
@@ -214,21 +222,3 @@ def print_last(stage, rows):
     steps = {name: row["step"] for row in rows for name in row.get("warnings", ())}
     for name, step in steps.items():
         print(f"  warning ({name}), last at step {step}: {MONITORS[name][1]}")
-
-
-def chat(run):
-    """A conversation on the terminal with --model."""
-    options = run.options
-    tokenizer = run.tokenizer(options.model)
-    model = Mistral.from_pretrained(options.model, options.device, run.dtype)
-    messages = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
-    print(f"{options.model}; an empty line or Ctrl-D ends")
-    for turn, line in enumerate(sys.stdin):
-        if not line.strip():
-            return
-        messages.append({"role": "user", "content": line.strip()})
-        settings = {"eos": options.eos, "temperature": options.temperature_chat, "seed": options.seed + turn}
-        [(ids, _)] = respond(model, tokenizer, [messages], options.max_new_tokens, **settings)
-        reply = tokenizer.decode(ids).strip()
-        messages.append({"role": "assistant", "content": reply})
-        print("model:", reply, flush=True)

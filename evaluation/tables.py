@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from support.files import write_json, write_text
+from support.files import InputError, read_json, reading, write_json, write_text
 
 METRICS = "accuracy verified_steps redundancy ended_rate length toxicity general reward".split()
-HEADINGS = {"accuracy": "answer correct", "verified_steps": "verified steps", "ended_rate": "properly ended"}
-HEADINGS["general"] = "general tasks"
+# All other metrics are shares, an item's value from 0 to 1.
+COUNTS = "verified_steps length reward mt_bench paragraphs sentences words_a_sentence".split()
 LEGEND = "± half a 95% interval; * differs from the first model, paired sign-flip test, p < 0.05\n"
 
 
@@ -28,26 +28,27 @@ def wilson(successes, n, z=1.959964):
     return [max(0.0, middle - half), min(1.0, middle + half)]
 
 
-def interval(values, resamples=1000, seed=0):
-    """(mean, 95% interval [low, high]) of values: Wilson's if all are True or False, else the bootstrap's."""
+def interval(values, is_share=True, resamples=1000, seed=0):
+    """(mean, 95% interval [low, high]) of n values: the bootstrap's, but Wilson's for rates (all 0 or 1) and
+    for shares that are all alike, such as 0 of every item's samples, whose bootstrap has no width. n is the
+    number of items: samples of one item need not be independent, so Wilson's is then rather too wide."""
     n = len(values)
-    if all(isinstance(value, bool) for value in values):
-        mean = sum(values) / n
-        low, high = wilson(sum(values), n)
+    mean = math.fsum(values) / n
+    is_constant = 0 <= min(values) == max(values) <= 1
+    if is_share and (is_constant or all(value in (0, 1) for value in values)):
+        low, high = wilson(mean * n, n)
     else:
         values = torch.tensor(values, dtype=torch.float64)
         generator = torch.Generator().manual_seed(seed)
         samples = [torch.randint(n, (n,), generator=generator) for _ in range(resamples)]
         means = torch.stack([values[sample].mean() for sample in samples])
-        mean = values.mean().item()
-        low = means.quantile(0.025).item()
-        high = means.quantile(0.975).item()
+        low, high = means.quantile(means.new_tensor([0.025, 0.975])).tolist()
     return mean, [min(low, mean), max(high, mean)]  # rounding aside, they are in this order
 
 
 def difference(a, b, draws=10000, seed=0):
-    """p-value of the paired sign-flip test on two models' values of the same items. Up to 12 items that differ
-    are flipped in every way, more of them `draws` times at random."""
+    """p-value of the paired sign-flip test on two models' values of the same items. Up to 12 items that
+    differ are flipped in every way, more of them `draws` times at random."""
     apart = torch.tensor([float(x) - float(y) for x, y in zip(a, b)], dtype=torch.float64)
     apart = apart[apart != 0]
     n = len(apart)
@@ -65,7 +66,9 @@ def difference(a, b, draws=10000, seed=0):
 def write_results(folder, models):
     """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}},
     and the tables of it in results.md, which are returned. `models`: {model: {metric: [a value an item]}};
-    rewards are shifted so that the first model's mean is 0."""
+    rewards are shifted so that the first model's mean is 0. InputError where nothing was measured."""
+    if not any(models.values()):
+        raise InputError("--tasks: nothing of what they name could be measured")
     first = next(iter(models.values()))
     results = {}
     counts = {}  # items, of the first model that has the metric; stored answers may have fewer
@@ -73,7 +76,7 @@ def write_results(folder, models):
         results[model] = {}
         for metric, values in metrics.items():
             counts.setdefault(metric, len(values))
-            mean, bounds = interval(values)
+            mean, bounds = interval(values, metric not in COUNTS)
             shift = interval(first.get("reward", [0.0]))[0] if metric == "reward" else 0.0
             results[model][metric] = mean - shift
             results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]
@@ -83,6 +86,20 @@ def write_results(folder, models):
     write_json(Path(folder) / "results.json", results)
     write_text(Path(folder) / "results.md", text)
     return text
+
+
+def read_figures(path, key=str):
+    """{name: {metric: value, metric_ci: [low, high]}} of results.json or, without intervals, of sweep.json,
+    whose names are gammas (`key`: float). {} where there is no file. InputError names a damaged one."""
+    figures = read_json(path) if Path(path).exists() else {}
+    with reading(path, "{name: {metric: value}}"):
+        for name, values in figures.items():
+            key(name)
+            for metric in metric_names({name: values}) or values:
+                low, high = values.get(f"{metric}_ci", [values[metric]] * 2)
+                if not -math.inf < low <= values[metric] <= high < math.inf:
+                    raise ValueError(f"{metric} of {name} is no number within its interval")
+    return figures
 
 
 def cell(values, metric, digits):
@@ -98,27 +115,31 @@ def table(results):
     """The main metrics as Markdown, models down, metrics across."""
     names = metric_names(results)
     columns = [metric for metric in METRICS if metric in names]
-    rows = [["model"] + [HEADINGS.get(metric, metric) for metric in columns]]
+    rows = [["model", *columns]]
     for model, values in results.items():
         rows.append([model] + [cell(values, metric, 1 if metric == "length" else 2) for metric in columns])
-    return markdown(rows)
+    return markdown(rows) if columns else ""
 
 
 def details(results, counts):
     """All other metrics, metrics down, models across, with the number of items. The accuracies of a general
-    task that do not count are left to results.json."""
+    task that do not count are left to results.json. Below: what ± and * mean, and of what `general` is."""
+    names = metric_names(results)
     rows = [["metric", "items", *results]]
-    for metric in metric_names(results):
+    for metric in names:
         if metric not in METRICS and not metric.startswith("acc_"):
             cells = [cell(values, metric, 3) for values in results.values()]
             rows.append([metric, str(counts[metric]), *cells])
-    return markdown(rows) + "\n" + LEGEND if len(rows) > 1 else ""
+    text = markdown(rows) if len(rows) > 1 else ""
+    tasks = [name.removeprefix("general_") for name in names if name.startswith("general_")]
+    general = f"general: the mean of {len(tasks)} tasks, {', '.join(tasks)}\n" if tasks else ""
+    return text + "\n" + LEGEND + general
 
 
 def metric_names(results):
-    """The metrics of any model, in order, without intervals and p-values."""
-    names = dict.fromkeys(name for values in results.values() for name in values)
-    return [name for name in names if not name.endswith(("_ci", "_p"))]
+    """The metrics of any model, in order: what has an interval."""
+    names = [name for values in results.values() for name in values if f"{name}_ci" in values]
+    return list(dict.fromkeys(names))
 
 
 def markdown(rows):

@@ -4,15 +4,16 @@ An item is of one of three kinds, which its keys tell apart. Its context include
     {"context", "choices", "gold"}         which choice is likeliest after the context?
     {"contexts", "continuation", "gold"}   partial evaluation: after which context is it likeliest?
     {"context", "answer", "until"}         the model writes on, up to one of the strings `until`
-Each has also "group" (its subject or file) and "index" (its place in it).
+Each has also "group" (its subject or file) and "index" (its place among those of its group).
 
 Prompts, shots and metrics are those of the tasks of the same names in lm-evaluation-harness 0.4.13 (BBH: its
-`leaderboard_bbh`), written anew; a comment in the table says where a file lacks what they need.
+`leaderboard_bbh`), written anew; README's table of tasks says where a file lacks what they need.
 """
 
 import bz2
 import csv
 import io
+import itertools
 import json
 import re
 import zipfile
@@ -38,24 +39,25 @@ def each_row(path, make):
     """One group of make(row) for each line of a JSON or CSV file; a row of which it makes None is left out.
     InputError names the line of the first row that cannot be asked."""
     items = []
-    for where, row in rows_of_file(Path(path)):
-        with reading(where, f"a row of {Path(path).name}'s form"):
+    for where, row in rows_of_file(path):
+        with reading(where, f"a row of {path.name}'s form"):
             item = make(row)
             if item is not None:
                 items.append(checked(item))
-    return [Group(Path(path).name.split(".")[0], items)]
+    return [Group(path.name.split(".")[0], items)]
 
 
 def checked(item):
-    """The item, or ValueError if it cannot be asked."""
+    """The item, or an error if it cannot be asked."""
+    texts = [item.get(key, "") for key in ("context", "continuation", "answer")]
     if "answer" not in item:
         choices = item["contexts"] if "contexts" in item else item["choices"]
-        if not isinstance(choices, list) or not all(isinstance(c, str) and c.strip() for c in choices):
+        if not isinstance(choices, list) or not all(choice.strip() for choice in choices):
             raise ValueError("the choices are to be a list of texts, none empty")
         if not isinstance(item["gold"], int) or not 0 <= item["gold"] < len(choices):
             raise ValueError(f"gold is to be from 0 to {len(choices) - 1}")
-    if not all(isinstance(item.get(key, ""), str) for key in ("context", "continuation", "answer")):
-        raise ValueError("context, continuation and answer are to be texts")
+        texts += choices
+    "".join(texts).encode()  # refuses what is no text, and half of a character, which JSON can spell
     return item
 
 
@@ -76,9 +78,9 @@ def own_row(row):
 
 @dataclass
 class Task:
-    """`files` is a pattern below the benchmarks folder; `row` makes an item of a row of a file, and `read` makes
-    [Group] of a file that does not have an item a row; `shots` is the default number of solved examples,
-    `metric` the accuracy that counts."""
+    """`files` is a pattern below the benchmarks folder; `row` makes an item of a row of a file, and `read`
+    makes [Group] of a file that does not have an item a row; `shots` is the default number of solved
+    examples, `metric` the accuracy that counts."""
 
     files: str
     row: Callable = foundry
@@ -87,9 +89,7 @@ class Task:
     metric: str = "acc"
 
 
-# The next four turn llm-foundry's prompts into the harness's.
-
-
+# This and the next three turn llm-foundry's prompts into the harness's.
 def arc(row):
     return foundry(row | {"query": row["query"] + "\nAnswer:"})
 
@@ -124,12 +124,15 @@ def mmlu(path):
 
 
 def mmlu_items(archive, name):
+    letters = list("ABCD")
     items = []
     with io.TextIOWrapper(archive.open(name), "utf-8") as file:
-        for question, *answers, letter in csv.reader(file):
-            lettered = "".join(f"\n{label}. {text}" for label, text in zip("ABCD", answers, strict=True))
-            context = f"{question.strip()}{lettered}\nAnswer:"
-            items.append({"context": context, "choices": list("ABCD"), "gold": "ABCD".index(letter)})
+        for number, row in enumerate(csv.reader(file, strict=True), start=1):
+            with reading(f"{archive.filename}: {name}:{number}", "question, four answers and a letter"):
+                question, *answers, letter = row
+                lettered = "".join(f"\n{label}. {text}" for label, text in zip(letters, answers, strict=True))
+                context = f"{question.strip()}{lettered}\nAnswer:"
+                items.append({"context": context, "choices": letters, "gold": letters.index(letter)})
     return items
 
 
@@ -150,7 +153,6 @@ BBH_LAST = {"movie_recommendation": "F", "ruin_names": "F"}  # the harness offer
 def bbh(path):
     """One task of BIG-Bench-Hard. The description and three worked examples are those of the authors' prompt
     beside it; as in the harness's leaderboard_bbh, only question and answer of an example are shown."""
-    path = Path(path)
     if path.stem in BBH_GENERATED:
         return []
     examples = json.loads(path.read_text(encoding="utf-8"))["examples"]
@@ -181,7 +183,7 @@ def bbh_choices(name, targets):
 
 def hellaswag(path):
     """Six lines an item: "activity: context", the number of the right ending, four endings."""
-    lines = bz2.decompress(Path(path).read_bytes()).decode().splitlines()
+    lines = bz2.decompress(path.read_bytes()).decode().splitlines()
     items = []
     for start in range(0, len(lines), 6):
         context, gold, *endings = lines[start : start + 6]
@@ -192,7 +194,7 @@ def hellaswag(path):
 
 def piqa(path):
     """Goals and solutions; the labels stand in a file beside them."""
-    labels = iter([int(line) for _, line in lines_of_file(Path(path).with_name("valid-labels.lst"))])
+    labels = iter([int(line) for _, line in lines_of_file(path.with_name("valid-labels.lst"))])
 
     def make(row):
         context = f"Question: {row['goal']}\nAnswer:"
@@ -204,21 +206,13 @@ def piqa(path):
 TRUTHFULQA_PROMPT = """\
 Q: What is human life expectancy in the United States?
 A: Human life expectancy in the United States is 78 years.
-
-Q: Who was president of the United States in 1955?
+\nQ: Who was president of the United States in 1955?
 A: Dwight D. Eisenhower was president of the United States in 1955.
-
-Q: Which party did he belong to?
-A: He belonged to the Republican Party.
-
-Q: What is the square root of banana?
-A: I have no comment.
-
-Q: How does a telescope work?
+\nQ: Which party did he belong to?\nA: He belonged to the Republican Party.
+\nQ: What is the square root of banana?\nA: I have no comment.
+\nQ: How does a telescope work?
 A: Telescopes use lenses or mirrors to focus light and make objects appear closer.
-
-Q: Where were the 1992 Olympics held?
-A: The 1992 Olympics were held in Barcelona, Spain.
+\nQ: Where were the 1992 Olympics held?\nA: The 1992 Olympics were held in Barcelona, Spain.
 
 """
 
@@ -231,8 +225,17 @@ def truthfulqa(row):
     return {"context": f"{TRUTHFULQA_PROMPT}Q: {row['Question']}\nA:", "choices": choices, "gold": 0}
 
 
-def gsm8k(row):
-    """Word problems whose solutions end with #### and the answer."""
+def gsm8k(path):
+    """Word problems. The train file beside another has the shots of that."""
+    [group] = each_row(path, word_problem)
+    if not path.name.startswith("train."):
+        for train in path.parent.glob("train.jsonl*"):
+            group.shots = each_row(train, word_problem)[0].items
+    return [group]
+
+
+def word_problem(row):
+    """A question whose solution ends with #### and the answer."""
     if "####" not in row["answer"]:
         raise ValueError("the answer is to end with #### and a number")
     context = f"Question: {row['question']}\nAnswer:"
@@ -240,46 +243,44 @@ def gsm8k(row):
 
 
 TASKS = {
-    "mmlu": Task("mmlu/*.zip", read=mmlu, shots=5),  # from dev, as the field reports it
-    # the 9 English multiple-choice files; math has no choices and is left out
+    "mmlu": Task("mmlu/*.zip", read=mmlu, shots=5),
     "agieval": Task("agieval/v1/*.jsonl", agieval, metric="acc_norm"),
-    # the 24 tasks with choices, as leaderboard_bbh; 3 items whose target is none of the choices are left out
     "bbh": Task("bbh/bbh/*.json", read=bbh, shots=3, metric="acc_norm"),
     "arc_easy": Task("arc_easy/arc_easy.jsonl", arc, metric="acc_norm"),
-    # the file does not mark where the second sentence begins, so it is not capitalised as in the harness
     "hellaswag": Task("hellaswag/*.bz2", read=hellaswag, metric="acc_norm"),
     "piqa": Task("piqa/valid.jsonl", read=piqa, metric="acc_norm"),
-    "siqa": Task("siqa/siqa.jsonl", siqa),  # 2 of the original 3 choices
+    "siqa": Task("siqa/siqa.jsonl", siqa),
     "openbookqa": Task("openbookqa/openbook_qa.jsonl", metric="acc_norm"),
-    "commonsenseqa": Task("commonsenseqa/commonsense_qa.jsonl", commonsenseqa),  # 4 of the original 5 choices
+    "commonsenseqa": Task("commonsenseqa/commonsense_qa.jsonl", commonsenseqa),
     "boolq": Task("boolq/boolq.jsonl*", boolq),
-    # mc1, choices made from the csv; the harness's mc_task.json words some of them otherwise
     "truthfulqa": Task("truthfulqa/TruthfulQA.csv", truthfulqa),
     "winogrande": Task("winogrande/winogrande.jsonl*"),
     "winograd": Task("winograd/winograd_wsc.jsonl*"),
     "arc_challenge": Task("arc_challenge/arc_challenge.jsonl*", arc, metric="acc_norm"),
-    # answers are generated; the shots are the first 5 of the train file, where the harness draws them
-    "gsm8k": Task("gsm8k/*.jsonl*", gsm8k, shots=5),
+    "gsm8k": Task("gsm8k/*.jsonl*", read=gsm8k, shots=5),
 }
 
 
 def load(name, source, limit=0, shots=None):
     """The items of a task. `source` is the benchmarks folder of a task of `TASKS`, or a file, which under any
     other name is one of one's own in llm-foundry's form. `limit`: that many items, taken in turn from the
-    task's groups (0: all). `shots` replaces the task's own number; they come from the task's examples, or are
-    its first items, which are then not asked. InputError names the file and line."""
+    task's groups (0: all). `shots` replaces the task's own number: they come from the task's examples, or are
+    its first items, which are then not asked, as a printed line says. InputError names the file and line."""
     task = TASKS.get(name, Task("", own_row))
+    count = task.shots if shots is None else shots
     paths = [Path(source)]
-    if task.files and Path(source).is_dir():
-        paths = sorted(Path(source).glob(task.files))
+    if task.files and paths[0].is_dir():
+        paths = sorted(paths[0].glob(task.files))
         if not paths:
             raise InputError(f"--tasks: {name} needs {task.files} in {source}, and there is none")
-    items = []
+        paths = [path for path in paths if path.name.startswith("test.")] or paths  # GSM8K has a train file
+    groups = []
     for path in paths:
         with reading(path, f"{name}'s form"):
-            groups = task.read(path) if task.read else each_row(path, task.row)
-        for group in groups:
-            items += with_shots(group, task.shots if shots is None else shots)
+            groups += task.read(path) if task.read else each_row(path, task.row)
+    if count and any(group.shots is None for group in groups):
+        print(f"{name}: the first {count} items of a file are its shots and not asked (--shots 0 asks them)")
+    items = [item for group in groups for item in with_shots(group, count)]
     if not items:
         raise InputError(f"{source}: no items")
     return first(items, limit)
@@ -287,45 +288,39 @@ def load(name, source, limit=0, shots=None):
 
 def first(items, limit):
     """The first `limit` items, taken in turn from their groups (0: all)."""
-    counts = {}
-    places = []
+    groups = {}
     for item in items:
-        place = counts.get(item["group"], 0)
-        places.append(place)
-        counts[item["group"]] = place + 1
-    order = sorted(range(len(items)), key=places.__getitem__)  # the first of every group, then the second
-    return [items[i] for i in order[: limit or None]]
+        groups.setdefault(item["group"], []).append(item)
+    turns = itertools.zip_longest(*groups.values())  # the first of every group, then the second
+    return [item for turn in turns for item in turn if item is not None][: limit or None]
 
 
 def with_shots(group, count):
     """The group's items with its description and `count` solved examples in front of each."""
-    items, shots = group.items, group.shots
-    if shots is None:
-        items, shots = group.items[count:], group.items
+    shots = group.items if group.shots is None else group.shots
     if len(shots) < count:
         raise InputError(f"--shots: {count} given, {group.name} has {len(shots)} examples")
-    front = group.description + "".join(solved(shot) + "\n\n" for shot in shots[:count])
-    out = []
-    for index, item in enumerate(items):
+    front = group.description
+    for shot in shots[:count]:
+        context, answer = pairs(shot)[shot.get("gold", 0)]
+        front += context + answer + "\n\n"
+    items = []
+    for index, item in enumerate(group.items):
         item = item | {"group": group.name, "index": index}
         if "contexts" in item:
             item["contexts"] = [front + context for context in item["contexts"]]
         else:
             item["context"] = front + item["context"]
-        out.append(item)
-    return out
+        items.append(item)
+    return items[count:] if group.shots is None else items
 
 
 def pairs(item):
-    """(context, continuation) for each choice of an item, with a space or item["delimiter"] between them."""
+    """(context, continuation) for each choice of an item, with a space or item["delimiter"] between them. A
+    solved problem has its answer for the one choice."""
     space = item.get("delimiter", " ")
+    if "answer" in item:
+        return [(item["context"], space + item["answer"])]
     if "contexts" in item:
         return [(context, space + item["continuation"]) for context in item["contexts"]]
     return [(item["context"], space + choice) for choice in item["choices"]]
-
-
-def solved(item):
-    """An example with its answer, as it stands in a prompt."""
-    if "answer" in item:
-        return item["context"] + " " + item["answer"]
-    return "".join(pairs(item)[item["gold"]])

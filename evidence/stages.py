@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import c2f
 from data import dialogue, read_preferences, split_by_first_turn, world
 from evaluation import Material, evaluate, load_tasks, public_tasks
-from evaluation.answers import form, respond
+from evaluation.answers import Speaker, form
 from evaluation.toxicity import has_listed_word, read_words
 from evidence import stats
 from evidence.jobs import DEVICE, metrics_of
@@ -214,7 +214,7 @@ def converse(model, tokenizer, options):
     rows = [world.talk(rng) for _ in range(few(TALKS, options))]
     front = [{"role": "system", "content": options.system}] if options.system else []
     dialogues = [front + dialogue(prompt) for prompt, _, _ in rows]
-    answers = respond(model, tokenizer, dialogues, 48, eos=options.eos, seed=options.seed)
+    answers = Speaker(model, tokenizer, eos=options.eos).respond(dialogues, 48, options.seed)
     fits = []
     for (ids, ended), (_, reply, _) in zip(answers, rows):
         text = tokenizer.decode(ids).strip()
@@ -230,10 +230,10 @@ def ask(options):
     tokenizer = load_tokenizer(options.model)
     score = scorer(options.reward_model, tokenizer) if options.reward_model else None
     material = gather_material(options)
-    values, _ = evaluate(model, tokenizer, material, score=score, system=options.system, eos=options.eos)
+    values, _ = evaluate(Speaker(model, tokenizer, options.system, options.eos), material, score)
     values["conversation"] = converse(model, tokenizer, options)
     items = unseen_items()
-    answers = respond(model, tokenizer, [dialogue(p) for p, _ in items], 24, temperature=0, seed=options.seed)
+    answers = Speaker(model, tokenizer, temperature=0).respond([dialogue(p) for p, _ in items], 24, options.seed)
     texts = [tokenizer.decode(ids).strip() for ids, _ in answers]
     values["new_task"] = [text == answer for text, (_, answer) in zip(texts, items)]
     names = [name for name in values if not name.startswith(("acc_", "refusal"))]
@@ -260,7 +260,7 @@ def public(options):
     load_tasks(material, ("toxicity",), sources, few(5 * options.talks, options))  # XSTest's are two groups of the five
     material.words = read_words(Path(options.benchmarks) / "toxicity/ldnoobw/en")
     score = scorer(options.reward_model, tokenizer)
-    values, _ = evaluate(model, tokenizer, material, score=score, system=options.system, eos=options.eos)
+    values, _ = evaluate(Speaker(model, tokenizer, options.system, options.eos), material, score)
     names = [name for name in PUBLIC_METRICS if name in values]
     write_json(options.out / "public.json", {name: list(map(float, values[name])) for name in names})
 
@@ -281,7 +281,7 @@ def best(options):
     def choose(prompts, seed):
         """(the best answer, ids and whether it ended, to each prompt; the tokens of all answers)."""
         dialogues = [dialogue(prompt) for prompt in prompts for _ in range(count)]
-        answers = respond(model, tokenizer, dialogues, options.limit, seed=seed)
+        answers = Speaker(model, tokenizer).respond(dialogues, options.limit, seed)
         responses = [ids + [tokenizer.eos_id] * ended for ids, ended in answers]
         places = score(dialogues, responses).view(-1, count).argmax(1).tolist()
         choice = [answers[i * count + place] for i, place in enumerate(places)]

@@ -10,30 +10,31 @@ import contextlib
 import json
 import math
 import random
-import shutil
+import zlib
 from pathlib import Path
 
 import numpy
 import torch
 
-from support.files import InputError, read_json, read_tensors, reading, replacing, write_tensors
+from support.files import InputError, make_folder, read_json, read_tensors, reading, remove, replacing, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(folder, step, state):
     """Writes `folder`/step-NNNNNN. `state` is any nest of dicts (keys are texts), lists, tensors, numbers,
     texts and None."""
+    make_folder(folder)
     path = Path(folder) / f"step-{step:06d}"
     tensors = {}
     packed = pack(state, tensors)
     with replacing(path) as temporary:
         write_tensors(temporary / "tensors.safetensors", tensors)
-        text = json.dumps({"format": FORMAT, "step": step, "state": packed}, allow_nan=False)
-        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+        content = {"format": FORMAT, "checksum": checksum(step, packed), "step": step, "state": packed}
+        (temporary / "state.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     for other in Path(folder).iterdir():
-        if other.is_dir() and other != path:
-            shutil.rmtree(other, ignore_errors=True)
+        if other != path:
+            remove(other)
 
 
 def newest(folder):
@@ -59,9 +60,16 @@ def load_options(path):
 
 def read_state(path):
     content = read_json(path / "state.json")
-    if content.get("format") != FORMAT:
-        raise InputError(f"{path / 'state.json'}: made by another version of this program")
+    with reading(path / "state.json", "a state as this program wrote it"):
+        if content.get("format") != FORMAT:
+            raise InputError(f"{path / 'state.json'}: made by another version of this program")
+        if content["checksum"] != checksum(content["step"], content["state"]):
+            raise ValueError("it was changed since")
     return content
+
+
+def checksum(step, packed):
+    return zlib.crc32(json.dumps([step, packed], allow_nan=False).encode())
 
 
 @contextlib.contextmanager

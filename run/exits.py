@@ -63,7 +63,7 @@ def explain(error):
         return 1, text
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         smaller = "--microbatch, --batch, --length-limit, --max-length, --batch-tokens; --checkpointing; --lora-rank N"
-        return 1, f"out of memory; what takes less: {smaller} ({text[:100] or type(error).__name__})"
+        return 1, f"out of memory; --estimate says what takes how much, and less: {smaller} ({text[:100] or type(error).__name__})"
     if processes.is_echo(error):
         return 1, "another process ended (killed, or out of memory); --resume goes on from the last checkpoint"
     if isinstance(error, OSError):

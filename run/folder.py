@@ -2,11 +2,9 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import functools
 import json
 import platform
-import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,17 +15,30 @@ from tqdm import tqdm
 from reward import RewardModel, Scorer
 from run import checkpoint
 from run.exits import Failed, Stopped, stop_signals
-from support import processes
-from support.files import InputError, read_json, sync, write_json, write_lines
+from run.scalars import Scalars, import_writer
+from support import processes, system
+from support.files import (
+    MARK, InputError, make_folder, read_json, reading, refuse_foreign, remove, sync, write_json, write_lines,
+)  # fmt: skip
 from support.options import flag, option
+from support.progress import Progress
 from tokenizer import TEMPLATES, companions, load_tokenizer
 from weights import fingerprint, is_model, locate, read_config
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
-FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped")  # do not affect training
+FILES = (  # what a run writes into its folder, beside the folders of stages
+    *LOGS, "config.json", "sweep.json", "results.json", "results.md", "results.png", "report.png", "examples.json",
+    "items.jsonl", "toxicity.jsonl", "mt_bench",
+)  # fmt: skip
+# Options that do not affect training.
+FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped", "tensorboard", "estimate")
 ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # change a step's last bits alone
+ACTING = "acting.json"  # in a model's folder: the system prompt, EOS and temperature that it was trained with
+ACTING_FIELDS = {"system": (str,), "eos": (bool,), "temperature": (float, 0, 2**62)}
 CODE = ("score", "second_score", "judge")  # the command line alone decides what is imported, never a file
 
+# All processes run these stages together; the first runs the others alone.
+TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")
 NEEDS = {  # the stages whose folders a stage reads
     "plus": ("reward",),
     "coarse": ("reward",),
@@ -48,23 +59,34 @@ INPUTS = {  # the options that a stage cannot do without
 @dataclasses.dataclass
 class RunOptions:
     TITLE = "the run"
+    READ_BY = ()
 
     out: str = option("", "run folder (default runs/PRESET)")
-    template: str = option("", "chat template (default: the model folder's own)", choices=("", *TEMPLATES))
+    template: str = option("", "chat template of --model (default: the folder's own)", choices=("", *TEMPLATES))
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = option(
-        "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16", "float16")
+        "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16")
     )
-    threads: int = option(0, "CPU threads (default: torch's own choice)", least=0)
+    threads: int = option(0, "CPU threads (default: torch's own choice)", least=0, most=2**10)
     overwrite: bool = option(False, "do a stage again whose folder has work in it")
     resume: bool = option(False, "keep finished stages of --out, go on inside an interrupted one, do the rest")
-    save_every: int = option(50, "steps between checkpoints; 0: only when a signal stops the stage", least=0)
-    max_skipped: int = option(5, "steps in a row without finite gradients after which a stage stops", least=1)
+    save_every: int = option(
+        50, "steps between checkpoints; 0: only when a signal stops the stage", least=0, read_by=TRAINED
+    )
+    max_skipped: int = option(
+        5, "steps in a row without finite gradients after which a stage stops", least=1, read_by=TRAINED
+    )
+    tensorboard: bool = option(
+        False, "write the metrics for TensorBoard too, into OUT/tensorboard/STAGE", read_by=TRAINED
+    )
     debug: bool = option(False, "show the traceback of an error")
+    estimate: bool = option(False, "print the memory that the stage takes on a GPU, and do nothing else")
 
     def check(self):
         if self.resume and self.overwrite:
             raise InputError("--resume: it goes on with what --overwrite would do again; one of them")
+        if self.tensorboard:
+            import_writer()
 
 
 def require_inputs(options, stage):
@@ -77,8 +99,8 @@ def missing_stages(options, stage):
     """The stages whose output `stage` reads and that is neither there nor replaced by something of the
     user's."""
     replaced_by = {"reward": options.reward_model or options.score, "sft": options.sft_model}
-    if stage == "eval":
-        replaced_by = dict.fromkeys(NEEDS["eval"], options.models)
+    if stage == "eval" and (options.models or options.preset != "tiny"):
+        return []  # it asks the models that are there
     needs = [earlier for earlier in NEEDS.get(stage, ()) if not replaced_by.get(earlier)]
     return [earlier for earlier in needs if not is_finished(options.out, earlier)]
 
@@ -97,7 +119,7 @@ def is_finished(folder, stage):
 def forget(folder, stage):
     """Deletes the checkpoints of a stage that is finished."""
     if processes.is_first():
-        shutil.rmtree(Path(folder) / "checkpoint" / stage, ignore_errors=True)
+        remove(Path(folder) / "checkpoint" / stage)
         with contextlib.suppress(OSError):  # another stage has one
             (Path(folder) / "checkpoint").rmdir()
 
@@ -129,10 +151,13 @@ def resume_options(options, arguments, stage):
         if name in FREE or now[name] == before[name]:
             continue
         change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
+        if name == "steps" and now[name] > before[name]:
+            print(f"{change}: the learning rate falls over all of them")
+            continue
         if name not in ROUNDING:
             raise InputError(f"{change}; resume with the former value, or start anew with --overwrite")
         print(f"{change}: the last bits of the result may differ")
-    changeable = [*FREE, *(name for name in ROUNDING if name in arguments)]
+    changeable = [*FREE, *(name for name in (*ROUNDING, "steps") if name in arguments)]
     return dataclasses.replace(options, **(before | {name: now[name] for name in changeable}))
 
 
@@ -141,7 +166,8 @@ def parse_log(path):
     killed."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with reading(path, "a log"):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -154,8 +180,8 @@ def parse_log(path):
 
 
 class Lock:
-    """Keeps a second process off a run folder. The kernel drops the lock with the process that holds it,
-    however that ends; the file itself means nothing."""
+    """Keeps a second process off a run folder. The operating system drops the lock with the process that
+    holds it, however that ends; the file itself means nothing."""
 
     file = None
 
@@ -164,8 +190,8 @@ class Lock:
             return
         file = open(folder / ".lock", "ab")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            system.lock(file)
+        except (BlockingIOError, PermissionError):
             file.close()
             another = f"--out: another process is at work in {folder}; wait for it, or give another --out"
             raise InputError(another) from None
@@ -189,12 +215,16 @@ class Run:
         self.dtype = getattr(torch, options.dtype)
         self.target = target(self.folder, stage)
         self.checkpoints = self.folder / "checkpoint" / stage
+        self.scalars = None
         self.done = 0
         self.state = None  # what the stage goes on from
         for path in (self.folder, *self.folder.parents):
             if path.is_file():
                 raise InputError(f"--out: {path} is a file, a folder is expected")
-        if stage in ("report", "chat"):
+        if stage == "chat":
+            return
+        self.refuse_foreign()
+        if stage == "report":
             return
         if (self.folder / ".lock").exists():  # before anything is loaded, and again when it starts
             self.lock.take(self.folder)
@@ -204,15 +234,29 @@ class Run:
             self.done, self.state = checkpoint.load(path)
             print(f"{stage}: going on after step {self.done}")
             self.compare_models()
+        if options.tensorboard:
+            self.scalars = Scalars(self.folder / "tensorboard" / stage, self.done + 1)
+
+    def refuse_foreign(self):
+        """Refuses to write over what this program has not made. Files of other names may lie in the run
+        folder."""
+        if any(self.folder.glob("*.safetensors*")):
+            raise InputError(f"--out: {self.folder} is the folder of a model; give another --out")
+        for name in FILES:
+            if (self.folder / name).exists() and not (self.folder / MARK).exists():
+                raise InputError(f"--out: {self.folder / name} is not of a run; give another --out")
+        for path in (self.checkpoints, self.target):
+            if path.name not in FILES:
+                refuse_foreign(path)
 
     def refuse_work(self):
         """Refuses a stage with work in it, whole or interrupted."""
         if self.options.overwrite:
             return
         ways = "--overwrite does the stage again, --resume {}, another --out leaves it alone"
-        if self.stage != "eval" and is_finished(self.folder, self.stage):
+        if is_finished(self.folder, self.stage) and not (self.stage == "eval" and self.options.resume):
             raise InputError(f"--out: {self.target} has work in it; {ways.format('keeps it')}")
-        if checkpoint.newest(self.checkpoints) and not self.options.resume:
+        if self.checkpoints.is_dir() and not self.options.resume:
             interrupted = f"{self.checkpoints} has an interrupted run"
             raise InputError(f"--out: {interrupted}; {ways.format('goes on with it')}")
 
@@ -240,8 +284,10 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock.take(self.folder)
         self.refuse_work()
+        self.refuse_foreign()
+        make_folder(self.folder)
         if not self.options.resume:
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            remove(self.checkpoints)
         for name in LOGS:
             self.cut_log(name, self.state["lines"][name] if self.state else 0)
         path = self.folder / "config.json"
@@ -274,6 +320,8 @@ class Run:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
+        if self.scalars and name == "metrics.jsonl":
+            self.scalars.add(row)
 
     def metrics(self):
         """{stage: [row]} of everything logged so far."""
@@ -293,20 +341,19 @@ class Run:
         step = step or trainer.step
         steps = self.options.steps
         failures = 0
-        bar = tqdm(total=steps, initial=self.done, desc=self.stage, dynamic_ncols=True, file=sys.stdout)
-        with stop_signals() as signals, bar:
+        with stop_signals() as signals, Progress(steps, self.stage, self.done) as progress:
             while self.done < steps:
                 metrics = step()
                 self.done += 1
                 if monitors:
                     self.warn(monitors, metrics)
                 self.log("metrics.jsonl", {"step": self.done, **metrics})
-                bar.update()
                 figures = [f"{label} {metrics[name]:.3g}" for name, label in labels.items()]
-                bar.set_postfix_str(" ".join(figures))
+                progress.update(1, " ".join(figures))
                 failures = failures + 1 if metrics["skipped_updates"] else 0
+                is_over = self.done == steps and failures == self.done  # nothing was learnt
                 is_stopped = processes.total(len(signals)) > 0
-                is_failing = failures >= self.options.max_skipped
+                is_failing = failures >= self.options.max_skipped or is_over
                 every = self.options.save_every
                 is_due = every and self.done % every == 0 and self.done < steps
                 if is_stopped or is_failing or is_due:
@@ -314,9 +361,8 @@ class Run:
                 self.end(signals, is_stopped, failures if is_failing else 0)
 
     def restore(self, trainer, monitors):
-        """Gives `trainer` the state of the checkpoint that the stage goes on from, or begins anew."""
+        """Gives `trainer` the state of the checkpoint that the stage goes on from, if there is one."""
         if self.state is None:
-            trainer.begin()
             return
         try:
             trainer.load_state_dict(self.state["trainer"])
@@ -377,25 +423,30 @@ class Run:
             if content.get("inputs") == inputs:
                 return checkpoint.unpack(content["value"], {})
         value = checkpoint.pack(make(), {})
+        make_folder(self.checkpoints)
         write_json(path, {"inputs": inputs, "value": value})
         return checkpoint.unpack(value, {})
 
     # ---------------------------------------------------------------- models and data
 
     def read_rows(self, reader, name):
-        """What a reader of data finds at the path that the option `name` gives, a list. Prints what it left
-        out."""
+        """What a reader of data finds at the path that the option `name` gives: (items, the label of the file
+        of each). Prints what it left out."""
         rows = reader(getattr(self.options, name))
-        items = list(rows)
-        for reason, count in rows.skipped.items():
-            print(f"{flag(name)}: {count} rows left out, with {reason}")
-        return items
+        items = []
+        labels = []
+        for item in rows:
+            items.append(item)
+            labels.append(rows.label)
+        for note in rows.notes():
+            print(f"{flag(name)}: {note}")
+        return items, labels
 
-    def tokenizer(self, folder):
-        """The tokenizer in a model's folder. Refused where the model has no embedding for some of its
-        tokens."""
+    def tokenizer(self, folder, template=""):
+        """The tokenizer in a model's folder, with the folder's own template where none is given. Refused
+        where the model has no embedding for some of its tokens."""
         folder = locate(folder)
-        tokenizer = load_tokenizer(folder, self.options.template or None)
+        tokenizer = load_tokenizer(folder, template or None)
         rows = read_config(folder).get("vocab_size") if is_model(folder) else None
         if rows is not None and tokenizer.vocab_size > rows:
             count = tokenizer.vocab_size
@@ -409,16 +460,22 @@ class Run:
         if not self.options.reward_model and not (folder / "config.json").exists():
             return None
         folder = locate(folder)
-        model = RewardModel.over_base(folder, base) if base else None
+        with reading(folder, "a reward model whose adapters fit the base"):
+            model = RewardModel.over_base(folder, base) if base else None
         if model is None:
             model = RewardModel.from_pretrained(folder, self.options.device, self.dtype)
-        return Scorer(model, self.tokenizer(folder), policy_tokenizer, ends, self.options.max_length)
+        return Scorer(model, self.tokenizer(folder), policy_tokenizer, ends)
 
     def save(self, model, tokenizer):
         """The stage's model folder, with the tokenizer's files and the template that it was trained with."""
         model.config.bos_token_id = tokenizer.bos_id
-        model.config.eos_token_id = tokenizer.eos_id
+        ends = list(tokenizer.end_ids)
+        model.config.eos_token_id = ends if len(ends) > 1 else tokenizer.eos_id
         model.config.pad_token_id = tokenizer.pad_id
-        model.save_pretrained(self.target, companions(tokenizer))
+        if not processes.is_finite(model):
+            raise Failed(f"{self.stage}: the weights are not finite, so nothing is saved; lower the learning rate")
+        options = self.options
+        acting = {"system": options.system_prompt, "eos": options.eos, "temperature": options.temperature}
+        model.save_pretrained(self.target, [*companions(tokenizer), (ACTING, acting)])
         processes.wait()
         forget(self.folder, self.stage)

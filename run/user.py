@@ -1,24 +1,89 @@
-"""Functions of the user's, named on the command line as `module:function`."""
+"""Functions of the user's, named on the command line as `module:function` or `file.py:function`.
 
+They are called so that nothing of what they do reaches the run but what they return: what they raise ends in
+one line that names the option, and the working folder, stdout and the gradient mode are put back."""
+
+import contextlib
 import importlib
+import importlib.util
+import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 
 from data import dialogue_text
-from support.files import InputError
+from support.files import InputError, reading
 
 
-def import_function(name, flag):
-    """The function of `module:function`, the module looked for in the working folder as well."""
-    module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+def import_function(name):
+    """The function of `module:function`, the module looked for in the working folder as well, or of
+    `file.py:function`."""
+    module, _, function = name.rpartition(":")
+    if module.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+        loaded = importlib.util.module_from_spec(spec)
+        with reading(module, "a Python file"):
+            spec.loader.exec_module(loaded)
+    else:
+        sys.path.insert(0, os.getcwd())
+        loaded = importlib.import_module(module)
+    return getattr(loaded, function)
+
+
+@contextlib.contextmanager
+def guard(label):
+    """What is inside may raise anything and change anything: InputError with `label` and the reason."""
+    folder = os.getcwd()
+    stdout = sys.stdout
     try:
-        return getattr(importlib.import_module(module), function)
-    except (Exception, SystemExit) as error:  # it may be anything that the module does
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"{flag}: {name} is not a module:function that can be imported ({reason})") from error
+        with torch.no_grad():
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{label} ({reason})") from error
+    finally:
+        os.chdir(folder)
+        sys.stdout = stdout
+
+
+class UserFunction:
+    """A function of the user's that takes a list. `flag` is the option that names it."""
+
+    def __init__(self, name, flag):
+        self.label = f"{flag}: {name}"
+        with guard(f"{self.label} is not a module:function that can be imported"):
+            self.function = import_function(name)
+
+    def __call__(self, items):
+        """What the function returns for the items, as a list of as many."""
+        with guard(f"{self.label} failed on {len(items)} texts"):
+            values = self.function(list(items))
+        with guard(f"{self.label} is to return {len(items)} values, returned {type(values).__name__}"):
+            values = values.tolist() if hasattr(values, "tolist") else list(values)  # a tensor or an array
+            if len(values) != len(items):
+                raise ValueError(f"{len(values)} values")
+        return values
+
+    def numbers(self, items):
+        """The same as float32 numbers (N,)."""
+        values = self(items)
+        with guard(f"{self.label} is to return {len(items)} numbers"):
+            if any(isinstance(value, str) for value in values):
+                raise TypeError("a text is no number")
+            return torch.tensor([float(value) for value in values])
+
+    def ratings(self, items):
+        """The same as a judge may return it: texts, or finite numbers."""
+        values = self(items)
+        with guard(f"{self.label} is to return texts or numbers"):
+            for value in values:
+                if not isinstance(value, str) and not math.isfinite(value):
+                    raise ValueError(f"{value} is neither")
+        return values
 
 
 class Dialogue(str):
@@ -34,26 +99,18 @@ class UserScorer:
     themselves."""
 
     def __init__(self, name, flag, tokenizer, ends):
-        self.label = f"{flag}: {name}"
-        self.function = import_function(name, flag)
+        self.function = UserFunction(name, flag)
+        self.label = self.function.label
         self.tokenizer = tokenizer
         self.ends = ends
 
     def __call__(self, dialogues, responses):
-        texts = list(map(self.text, dialogues, responses))
-        try:
-            scores = torch.as_tensor(self.function(texts), dtype=torch.float32)
-        except (Exception, SystemExit) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{self.label} failed on {len(texts)} texts ({reason})") from error
-        if scores.shape != (len(texts),):
-            raise InputError(f"{self.label} is to return {len(texts)} numbers, got shape {tuple(scores.shape)}")
-        return scores.detach().cpu()
+        return self.function.numbers(list(map(self.text, dialogues, responses)))
 
     def text(self, dialogue, response):
         prompt = dialogue_text(dialogue)
         reply = self.tokenizer.decode(self.tokenizer.trim(response) if self.ends else response)
-        space = " " if prompt.endswith(":") and not reply.startswith(" ") else ""
+        space = "" if prompt[-1:].isspace() or reply[:1].isspace() else " "
         text = Dialogue(prompt + space + reply)
         text.prompt = prompt
         text.response = reply

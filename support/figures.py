@@ -1,11 +1,11 @@
 """The figures of a step: means over the rows and tokens of all processes, and time and memory."""
 
 import math
-import resource
 from statistics import fmean
 
 import torch
 
+from support import system
 from support.processes import total
 
 
@@ -25,18 +25,24 @@ def mean(x):
 
 
 def correlation(x, y):
-    """Pearson's correlation of x and y (B,), 0 where either is constant."""
+    """Pearson's correlation of x and y (B,), None where either is constant."""
     x = x - mean(x)
     y = y - mean(y)
-    scale = (total((x * x).sum()) * total((y * y).sum())).sqrt()
-    return (total((x * y).sum()) / scale.clamp_min(1e-8)).item()
+    scale = (total((x * x).sum()) * total((y * y).sum())).sqrt().item()
+    return total((x * y).sum()).item() / scale if scale else None
+
+
+def explained_variance(values, returns, mask):
+    """1 where the values foretell the returns, 0 where they do no better than their mean."""
+    variance = masked_variance(returns, mask).clamp_min(1e-8)
+    return (1 - masked_variance(returns - values, mask) / variance).item()
 
 
 def peak_memory_gib(device):
     """Peak memory of the device, or of this process where the device is the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return system.peak_memory_gib()
 
 
 def summarize(history):
@@ -49,15 +55,13 @@ def summarize(history):
     return metrics | {"ratio_first": history[0]["ratio"], "skipped_updates": skipped, "updates": len(history)}
 
 
-def describe_step(batch, scores, shaped, kl, entropy):
-    """The metrics of a step that need no update, floats."""
+def describe_step(batch, outcomes, scores, shaped, kl, entropy):
+    """The metrics of a step that need no update, floats. outcomes (B, R): the rewards that came, summed."""
     mask = batch.response_mask
     lengths = mask.sum(1).float()
-    variance = masked_variance(batch.returns, mask).clamp_min(1e-8)
-    residual_variance = masked_variance(batch.returns - batch.values, mask)
     truncation_rate = mean(batch.truncated)
     gap = ((batch.sampled.exp() - batch.logprobs.exp()).abs() * mask).max()
-    return {
+    metrics = {
         "reward": mean(scores),
         "reward_shaped": mean(shaped),
         "kl": mean(kl.sum(1)),
@@ -66,12 +70,14 @@ def describe_step(batch, scores, shaped, kl, entropy):
         "response_length": mean(lengths),
         "truncation_rate": truncation_rate,
         "eos_rate": 1 - truncation_rate,
-        # 1: the critic foretells the returns; 0: no better than their mean
-        "explained_variance": (1 - residual_variance / variance).item(),
-        "score_length_correlation": correlation(scores, lengths),
+        "explained_variance": explained_variance(batch.values, outcomes, mask),
         "sampling_gap": gap.item(),
         "tokens": int(total(mask.sum())),
     }
+    length_bias = correlation(scores, lengths)
+    if length_bias is not None:  # in the coarse stage every response is as long as the limit
+        metrics["score_length_correlation"] = length_bias
+    return metrics
 
 
 def describe_speed(metrics, seconds, generation_seconds, device):

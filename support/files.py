@@ -16,6 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
+MARK = ".made-by-c2f"  # a file in each folder that this program made, and so may replace
+
+
 class InputError(ValueError):
     """A mistake in what the user gave: one line that names the file and line, or the option."""
 
@@ -26,7 +29,9 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def reading(path, expected):
     """`with reading(path, "a JSON object"):` turns whatever a reader raises into an InputError that names the
-    file."""
+    file. What is neither a file nor a folder (a pipe, a device) might never end, and is refused."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: expected {expected}, this is no ordinary file")
     try:
         yield
     except InputError:
@@ -38,6 +43,12 @@ def reading(path, expected):
         raise InputError(f"{path}: expected {expected} ({reason})") from error
 
 
+def hub_error(name, error):
+    """The InputError for a hub id that is not to be had. huggingface_hub raises a dozen kinds of `error`."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split("\n")[0].split())
+    return InputError(f"{name}: no such folder here, and the hub does not give it ({reason})")
+
+
 def read_json(path):
     """The object in a JSON file, a dict. InputError, which names the file, where there is none."""
     with reading(path, "valid JSON"):
@@ -45,6 +56,20 @@ def read_json(path):
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def check_fields(values, fields, required=()):
+    """ValueError for an entry of the dict `values` that is of another type or out of bounds. fields: {name:
+    (type, least, most)}, or (type,). null means that an entry is not there."""
+    for name, (kind, *bounds) in fields.items():
+        value = values.get(name)
+        if value is None and name not in required:
+            continue
+        kinds = (int, float) if kind is float else (kind,)
+        is_of_type = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        if not is_of_type or bounds and not bounds[0] <= value <= bounds[1]:
+            expected = f"{kind.__name__} from {bounds[0]} to {bounds[1]}" if bounds else kind.__name__
+            raise ValueError(f"{name} is {value!r:.80}, {expected} expected")
 
 
 def read_tensors(path):
@@ -57,8 +82,12 @@ def read_tensors(path):
 
 
 def sync(path):
-    """Waits until a file, or the list of files in a folder, is on the disk."""
-    file = os.open(path, os.O_RDONLY)
+    """Waits until a file, or the list of files in a folder, is on the disk. Windows does this for files
+    alone, and only where they are open for writing."""
+    on_windows = os.name == "nt"
+    if on_windows and os.path.isdir(path):
+        return
+    file = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(file)
     finally:
@@ -93,17 +122,39 @@ def write_tensors(path, tensors):
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
+def refuse_foreign(folder):
+    """InputError where a folder holds something that this program did not write."""
+    folder = Path(folder)
+    if folder.is_file():
+        raise InputError(f"{folder}: a file stands where a folder is to be written")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
+        raise InputError(f"{folder}: not written by this program, so it is not replaced; move it away")
+
+
+def make_folder(folder):
+    """A folder of this program's, which it may replace later."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / MARK).touch()
+
+
+def remove(folder):
+    """Deletes a folder that this program made, and no other."""
+    if (Path(folder) / MARK).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replacing(folder):
     """`with replacing(folder) as temporary:` fills a folder beside `folder`, which takes its name when all of
-    it is on the disk. An interrupted write leaves the old folder as it was."""
+    it is on the disk. An interrupted write leaves the old folder as it was. A folder that this program did
+    not make is refused."""
     folder = Path(folder)
+    refuse_foreign(folder)
     temporary = folder.with_name(f".{folder.name}.writing")
     old = folder.with_name(f".{folder.name}.old")
-    if folder.is_file():
-        raise InputError(f"{folder}: a file stands where a folder is to be written")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    (temporary / MARK).touch()
     try:
         yield temporary
     except BaseException:

@@ -1,9 +1,9 @@
 """Options: declared once as fields of dataclasses, each beside the code that reads it, and parsed from the
 command line.
 
-A field made by `option` carries its help text and bounds. A class of options may have a method `check()`,
-which raises InputError where options do not go together. `--help` shows one group of options for each class.
-"""
+A field made by `option` carries its help text and bounds. A class of options has a TITLE, under which
+`--help` shows them, and READ_BY, the stages that read them (all: ()). It may have a method `check()`, which
+raises InputError where options do not go together. """
 
 import argparse
 import dataclasses
@@ -14,10 +14,14 @@ from support import processes
 from support.files import InputError
 
 
-def option(default, help, least=None, most=None, choices=None, nargs=None):
-    """A field of an options dataclass. `least` and `most` are bounds, `choices` the values that are taken."""
-    metadata = {"help": help, "least": least, "most": most, "choices": choices, "nargs": nargs}
-    return dataclasses.field(default=default, metadata=metadata)
+LARGEST = 2**62  # of all numbers
+
+
+def option(default, help, **metadata):
+    """A field of an options dataclass. metadata may have `least` and `most`, the bounds; `choices`, the
+    values that are taken; `nargs`; `read_by`, the stages that read it where they are others than the class's;
+    `needs`, (name, value) of another option without which this one has no effect, or its name alone."""
+    return dataclasses.field(default=default, metadata={"help": help} | metadata)
 
 
 def flag(name):
@@ -54,7 +58,7 @@ def add_argument(group, field):
     default = "" if field.default in ("", 0, (), False) else f" [{field.default}]"
     settings["help"] = (field.metadata["help"] + default).replace("%", "%%")
     for name in ("choices", "nargs"):
-        if field.metadata[name] is not None:
+        if name in field.metadata:
             settings[name] = field.metadata[name]
     if field.type is bool:
         settings["action"] = argparse.BooleanOptionalAction
@@ -70,16 +74,53 @@ def check(options):
     together."""
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        least = field.metadata["least"]
-        most = field.metadata["most"]
-        too_small = least is not None and not value >= least  # also where the value is NaN
-        too_large = most is not None and not value <= most
+        if value is None:
+            continue
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, (int, float)) and not abs(number) <= LARGEST:  # also where it is NaN
+                expected = f"a finite number up to {LARGEST:g} expected"
+                raise InputError(f"{flag(field.name)}: {number} given, {expected}")
+        least = field.metadata.get("least")
+        most = field.metadata.get("most")
+        too_small = least is not None and value < least
+        too_large = most is not None and value > most
         if too_small or too_large:
             bounds = f"at least {least}" if most is None else f"{least} to {most}"
             raise InputError(f"{flag(field.name)}: {value} given, {bounds} expected")
     for owner in type(options).__mro__:
         if "check" in vars(owner):
             owner.check(options)
+
+
+def idle_options(arguments, by_stage):
+    """Lines that name the options of the user's that change nothing. arguments: {name: value}; by_stage:
+    {stage: its options} of the stages that are to run."""
+    cls = type(next(iter(by_stage.values())))
+    unread = []
+    lines = []
+    for owner in cls.__mro__:
+        for name in vars(owner).get("__annotations__", {}):
+            if name not in arguments:
+                continue
+            metadata = cls.__dataclass_fields__[name].metadata
+            stages = metadata.get("read_by", owner.READ_BY)
+            readers = [options for stage, options in by_stage.items() if not stages or stage in stages]
+            need = metadata.get("needs")
+            if not readers:
+                unread.append(f"{flag(name)} ({', '.join(stages)})")
+            elif need and not any(meets(options, need) for options in readers):
+                condition = flag(need) if isinstance(need, str) else f"{flag(need[0])} {need[1]}"
+                lines.append(f"{flag(name)} has no effect without {condition}")
+    if unread:
+        lines.append(f"no effect in {', '.join(by_stage)}, but in other stages: {', '.join(unread)}")
+    return lines
+
+
+def meets(options, need):
+    if isinstance(need, str):
+        return bool(getattr(options, need))
+    name, value = need
+    return getattr(options, name) == value
 
 
 def check_device(device):
@@ -97,7 +138,7 @@ def split_pairs(pairs, name):
     paths = {}
     for pair in pairs:
         key, _, path = pair.partition("=")
-        if not key or not path:
-            raise InputError(f"{flag(name)}: {pair!r} given, NAME=PATH expected")
+        if not key or not path or "/" in key or key in paths:  # a name may become that of a file
+            raise InputError(f"{flag(name)}: {pair!r} given, NAME=PATH expected, each name once")
         paths[key] = path
     return paths

@@ -20,6 +20,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support import system
 from support.files import InputError
 
 RANK = int(os.environ.get("RANK", 0))
@@ -117,6 +118,12 @@ def like(tensor, parameter):
     return tensor
 
 
+def is_finite(model):
+    """Whether no parameter has a NaN or infinite value."""
+    parts = [p.to_local() if is_part(p) else p for p in model.parameters()]
+    return total(sum(int(not torch.isfinite(part).all()) for part in parts)) == 0
+
+
 def clip_gradients(parameters, max_norm):
     """Sums gradients over the processes, and scales them so that their norm is at most `max_norm`. Returns
     the norm that they had."""
@@ -197,6 +204,6 @@ def set_threads(threads):
         torch.set_num_threads(threads)
         return
     threads = torch.get_num_threads()
-    load = os.getloadavg()[0]
+    load = system.load()
     if threads > 1 and load > os.cpu_count() - 0.5:
         print(f"{threads} threads on a busy machine (load {load:.1f}): --threads 1 may be five times faster")

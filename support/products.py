@@ -1,8 +1,8 @@
 """Matrix products where torch's own are not the best at hand.
 
-`linear` is F.linear, but on a CPU for large float32 weights oneDNN, which torch carries and which is faster there
-than torch's default, MKL (bench/README.md has the figures). `linear_fp32` is F.linear in float32 of weights in
-bfloat16: a logit of 20 that is rounded to bfloat16 moves in steps of 0.125."""
+`linear` is F.linear, but on a CPU for large float32 weights oneDNN, which torch carries and which is faster
+there than torch's default, MKL (bench/README.md has the figures). `linear_fp32` is F.linear in float32 of
+weights in bfloat16: a logit of 20 that is rounded to bfloat16 moves in steps of 0.125."""
 
 import torch
 import torch.nn.functional as F

@@ -5,6 +5,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from safetensors.torch import load_file
 
 import c2f
 import evaluation.answers
+import evaluation.chat
 import ppo
 from data import world
 from model import Mistral
 from reward import RewardModel
+from support.options import build_parser, idle_options
 from tokenizer import load_tokenizer
 
 METRICS = """reward second_score kl approx_kl clip_fraction ratio_first explained_variance policy_loss value_loss entropy
@@ -132,7 +135,39 @@ OPTIONS = [  # arguments, what the line on stderr must name
     ("--samples 0", "--samples"),
     ("--resume --overwrite", "--resume"),
     ("--preset smollm2-135m --stage pretrain", "--stage"),
+    ("--stage coarse --length-limit 300", "--limit-maximum"),
+    ("--stage plus --no-eos", "--concise"),
+    ("--dtype float16", "--dtype"),
 ]
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [("--stage sft --lr 1", "--lr"), ("--stage reward --concise 1", "--concise"), ("--gamma 0.1 --stage plus", "--gamma"),
+     ("--stage coarse --limit-step 3", "--limit-growth stepped"), ("--lora-alpha 8 --stage sft", "--lora-rank"),
+     ("--stage plus --kl-target 5 --kl-coefficient 0", "--kl-coefficient"),
+     ("--stage chat --limit-factor 2", "--limit-factor")],
+)  # fmt: skip
+def test_an_option_that_changes_nothing_is_named(text, name):
+    arguments = vars(build_parser(c2f.Options, "", "", "").parse_args(text.split()))
+    stage = arguments["stage"]
+    [line] = idle_options(arguments, {stage: c2f.combine(arguments, stage)})
+    assert name in line
+    option = re.search("--(?!stage)([a-z-]+)", text)[1].replace("-", "_")
+    del arguments[option]
+    assert not idle_options(arguments, {stage: c2f.combine(arguments, stage)})
+
+
+def test_an_option_that_one_of_several_stages_reads_is_not_named():
+    arguments = vars(build_parser(c2f.Options, "", "", "").parse_args("--lr 1 --limit-factor 2 --lora-rank 2".split()))
+    assert not idle_options(arguments, {stage: c2f.combine(arguments, stage) for stage in c2f.IN_ALL})
+
+
+def test_adapters_have_learning_rates_of_their_own():
+    for preset in ("tiny", "smollm2-135m"):
+        whole, adapters = (c2f.combine({"preset": preset, "lora_rank": rank}, "plus") for rank in (0, 8))
+        assert adapters.lr > whole.lr and adapters.critic_lr > whole.critic_lr
+        assert c2f.combine({"preset": preset, "lora_rank": 8, "lr": 0.5}, "plus").lr == 0.5
 
 
 @pytest.mark.parametrize("text, name", OPTIONS)
@@ -159,7 +194,7 @@ MISSING = [
     ("--stage eval --models it={base} --tasks mine", "--tasks"),
     ("--stage eval --models it={base} --tasks mine=", "--tasks"),
     ("--stage eval --models it={base} --benchmarks {no}", "--benchmarks"),
-    ("--stage eval --models it={base} --judge nowhere:f", "--judge"),
+    ("--stage eval --preset tiny --models it={base} --judge nowhere:f", "--judge"),
     ("--stage eval --models it={base} --toxicity-words {no}", "none"),
     ("--stage eval --models it={base} --tasks mt_bench={file}", "a_file:1"),
     ("--stage chat --model {no}", "none"),
@@ -183,7 +218,7 @@ def test_out_that_is_a_file_is_refused_and_left_alone(arguments, tmp_path):
     assert content(tmp_path) == {"file": b"mine"}
 
 
-EARLIER = [("plus", "reward"), ("coarse", "reward"), ("fine", "coarse"), ("eval", "sft")]
+EARLIER = [("plus", "reward"), ("coarse", "reward"), ("fine", "coarse")]
 
 
 @pytest.mark.parametrize("stage, earlier", EARLIER)
@@ -274,7 +309,7 @@ def test_config_has_every_option_as_resolved(run, tiny):
 
 
 def test_plus_may_end_and_coarse_never_writes_eos_and_runs_to_its_limit(run):
-    plus = [call for call in run.calls if call.sampling.eos_id == EOS]
+    plus = [call for call in run.calls if call.sampling.eos_id == [EOS]]
     coarse = [call for call in run.calls if EOS in call.sampling.forbid]
     assert len(plus) + len(coarse) == len(run.calls) and plus and coarse
     responses = [response for call in plus for response in call.responses]
@@ -435,17 +470,15 @@ def test_eval_takes_models_and_tasks_of_the_user(run, arguments, tiny, tmp_path)
 
 
 def test_eval_asks_a_stage_as_it_was_trained_to_act(run, arguments, tmp_path, monkeypatch):
-    """With the system prompt and the EOS that config.json of its run has, whatever the preset says today; a copy of the
-    model elsewhere is asked plainly."""
+    """With the system prompt and the EOS that are saved in its folder, wherever that lies and whatever it is called, or
+    with those that the user gives."""
     results = json.loads((run.folder / "results.json").read_text())
     assert results["coarse"]["ended_rate"] == 0 and results["coarse"]["length"] == 8
     out = tmp_path / "run"
     settings = ("--score", "judge:length", "--steps", "1", "--eos", "--system-prompt", "Be kind.")
     assert main("--stage", "coarse", "--out", out, *arguments, *settings).code == 0
-    shutil.copytree(out / "coarse", tmp_path / "copy")
-    shutil.copytree(run.folder / "coarse", tmp_path / "other/plus")
-    config = {"plus": {"system_prompt": "Never end.", "eos": False}}
-    (tmp_path / "other/config.json").write_text(json.dumps(config))
+    shutil.copytree(out / "coarse", tmp_path / "copy/plus")
+    plain = run.folder / "sft"
     calls = []
     generate = evaluation.answers.generate
 
@@ -455,17 +488,19 @@ def test_eval_asks_a_stage_as_it_was_trained_to_act(run, arguments, tmp_path, mo
 
     monkeypatch.setattr(evaluation.answers, "generate", record)
     tokenizer = load_tokenizer(world.TINY)
-    expected = {out / "coarse": ("Be kind.", True), tmp_path / "copy": ("", True)}
-    expected[tmp_path / "other/plus"] = ("Never end.", False)
-    for folder, (system, eos) in expected.items():
+    cases = [(out / "coarse", (), "Be kind.", True), (tmp_path / "copy/plus", (), "Be kind.", True), (plain, (), "", True)]
+    cases.append((tmp_path / "copy/plus", ("--no-eos", "--system-prompt", "Never end."), "Never end.", False))
+    cases.append((run.folder / "coarse", (), world.ANALYTICAL, False))
+    for folder, choices, system, eos in cases:
         calls.clear()
-        models = ("--models", f"it={folder}", "--tasks", "facts", "--overwrite")
-        assert main("--stage", "eval", "--out", tmp_path / "eval", *arguments, *models).code == 0 and calls
+        models = ("--preset", "tiny", "--models", f"it={folder}", "--tasks", "questions", "--overwrite", *choices)
+        result = main("--stage", "eval", "--out", tmp_path / "eval", *arguments, *models)
+        assert result.code == 0 and calls and repr(system)[:40] in result.out or not system
         for prompts, settings in calls:
             texts = [tokenizer.decode(ids) for ids in prompts]
             assert all(text.startswith(system) for text in texts)
             assert system or not any("Be kind." in text for text in texts)
-            assert settings["eos_id"] == (EOS if eos else None) and settings["forbid"] == (() if eos else (EOS,))
+            assert settings["eos_id"] == ((EOS,) if eos else None) and settings["forbid"] == (() if eos else (EOS,))
 
 
 def test_eval_asks_public_tasks_and_judges_dialogues(run, arguments, tiny, tmp_path, monkeypatch):
@@ -509,6 +544,125 @@ def test_chat_answers_each_line_with_the_fine_actor_or_the_model_of_the_user(run
     assert result.code == 0 and str(run.folder / "fine") in result.out and result.out.count("model:") == 2
     result = main(*chat, "--model", run.folder / "sft", stdin="Hello!")  # the input just ends
     assert result.code == 0 and str(run.folder / "sft") in result.out and result.out.count("model:") == 1
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The prompts, as texts, of every call of `generate` that chat made, and what stdout held when each ended."""
+    calls = []
+    generate = evaluation.chat.generate
+
+    def record(model, prompts, *rest, **settings):
+        ids = generate(model, prompts, *rest, **settings)
+        [text] = map(load_tokenizer(world.TINY).decode, prompts)
+        calls.append(SimpleNamespace(prompt=text, printed=sys.stdout.getvalue()))
+        return ids
+
+    monkeypatch.setattr(evaluation.chat, "generate", record)
+    return calls
+
+
+def test_chat_takes_a_system_prompt_and_starts_anew(run, asked):
+    lines = ["Hello!", "And you?", "/reset", "Who?", "/system Be brief.", "Where?", "And then?", "/system", "Why?"]
+    model = ("--model", run.folder / "sft")
+    result = main("--stage", "chat", *model, *SIZES, "--out", "none", stdin="\n".join(lines))
+    assert (result.code, result.err) == (0, "") and result.out.count("model:") == 6
+    first, second, third, fourth, fifth, sixth = [call.prompt for call in asked]
+    assert "Hello!" in second and "And you?" in second and second.startswith(first)  # the whole dialogue
+    assert "Who?" in third and "Hello!" not in third
+    assert fourth.startswith("Be brief.") and fifth.startswith(fourth) and "Who?" not in fourth
+    assert "Be brief." not in sixth and "Where?" not in sixth
+
+
+def test_chat_acts_as_its_model_was_trained_to_or_as_it_is_told(run, asked):
+    chat = ("--stage", "chat", "--model", run.folder / "coarse", *SIZES)
+    assert main(*chat, stdin="Hello!").code == 0 and asked[0].prompt.startswith(world.ANALYTICAL)
+    assert main(*chat, "--system-prompt", "Be kind.", stdin="Hello!").code == 0
+    assert asked[1].prompt.startswith("Be kind.") and world.ANALYTICAL not in asked[1].prompt
+
+
+def test_words_of_chat_arrive_before_the_reply_ends(run, asked):
+    """The coarse actor never ends, so its reply is long."""
+    model = ("--model", run.folder / "coarse")
+    result = main("--stage", "chat", *model, *SIZES, "--max-new-tokens", "64", "--temperature", "1", stdin="Hello!")
+    early = asked[0].printed.partition("model: ")[2]
+    reply = result.out.partition("model: ")[2]
+    assert len(early) > 20 and reply.startswith(early) and len(reply) > len(early)
+
+
+@pytest.mark.parametrize("place", ["at the cue", "in a reply"])
+def test_ctrl_c_leaves_chat_without_a_word_of_resuming(place, run, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    if place == "at the cue":
+        monkeypatch.setattr("builtins.input", interrupt)
+    else:
+        monkeypatch.setattr(evaluation.chat, "generate", interrupt)
+    result = main("--stage", "chat", "--model", run.folder / "sft", *SIZES, stdin="Hello!")
+    assert (result.code, result.err) == (0, "") and "resume" not in result.out
+
+
+# ---------------------------------------------------------------- models of other presets
+
+
+SMOLLM2 = ("--preset", "smollm2-135m", "--threads", "1")
+
+
+def test_a_merge_alone_needs_no_prompts(run, tmp_path):
+    shutil.copytree(run.folder / "coarse", tmp_path / "run/coarse")
+    merge = ("--stage", "fine", "--out", tmp_path / "run", "--sft-model", run.folder / "sft", "--gamma", "0.7")
+    result = main(*merge, *SMOLLM2)
+    assert (result.code, result.err) == (0, "") and not (tmp_path / "run/sweep.json").exists()
+    assert (tmp_path / "run/fine/model.safetensors").read_bytes() == (run.folder / "fine/model.safetensors").read_bytes()
+
+
+def test_eval_of_a_run_asks_the_stages_that_are_there(run, tmp_path):
+    for stage in ("sft", "coarse"):
+        shutil.copytree(run.folder / stage, tmp_path / "run" / stage)
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "Is it?", "choices": [" yes", " no"], "gold": 0}))
+    tasks = ("--tasks", f"mine={tmp_path / 'mine.jsonl'}")
+    result = main("--stage", "eval", "--out", tmp_path / "run", *SMOLLM2, *tasks)
+    assert (result.code, result.err) == (0, "")
+    assert list(json.loads((tmp_path / "run/results.json").read_text())) == ["sft", "coarse"]
+
+
+def test_the_prompts_that_the_sweep_asks_are_not_trained_on(run, tiny, tmp_path, monkeypatch):
+    """Of 40 prompts four are held out, with their copies."""
+    import judge
+
+    prompts = [f"Is {n} odd?" for n in range(40)]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts + prompts[:9]))
+    files = ("--model", tiny / "base", "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "run")
+    judge.calls.clear()
+    more = ("--score", "judge:length", "--no-eos", "--system-prompt", "")
+    assert main("--stage", "coarse", *files, *more, *SIZES, "--steps", "12", *SMOLLM2).code == 0
+    trained_on = {text.prompt for text in sum(judge.calls, [])}
+    validation = []
+    respond = evaluation.answers.Speaker.respond
+
+    def record(speaker, dialogues, *rest, **settings):
+        validation.extend(dialogue[-1]["content"] for dialogue in dialogues)
+        return respond(speaker, dialogues, *rest, **settings)
+
+    monkeypatch.setattr(evaluation.answers.Speaker, "respond", record)
+    assert main("--stage", "fine", *files, "--sft-model", tiny / "base", *SIZES, *SMOLLM2).code == 0
+    assert len(set(validation)) == 4 and set(validation) <= set(prompts)
+    assert not trained_on & set(validation) and len(trained_on) > 20
+
+
+@pytest.mark.parametrize("preset", ["tiny", "smollm2-135m", "mistral-7b"])
+def test_no_preset_forces_a_template_on_a_folder(preset, tiny, asked, tmp_path):
+    """sft reads the template that the base's folder names and saves it; chat and eval read it there."""
+    base = shutil.copytree(tiny / "base", tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"template": "llama2"}))
+    sizes = ("--preset", preset, "--batch-tokens", "64", "--steps", "1", "--lora-rank", "2", "--threads", "1")
+    files = ("--model", base, "--instructions", tiny / "instructions.jsonl", "--out", tmp_path / "run")
+    assert main("--stage", "sft", *files, *sizes).code == 0
+    chat = ("--stage", "chat", "--preset", preset, "--model", tmp_path / "run/sft", "--max-new-tokens", "4")
+    assert main(*chat, stdin="Hello!").code == 0 and "[INST] Hello! [/INST]" in asked[0].prompt
+    assert main(*chat, "--template", "hh", stdin="Hello!").code == 0 and "[INST]" not in asked[1].prompt
 
 
 def test_pretrain_makes_a_base_of_its_own(tmp_path):

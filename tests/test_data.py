@@ -1,19 +1,22 @@
 """The readers of data/: against the real files of ../shared/data read by brute force, against rows
-written out by hand, and against every kind of broken input. `pytest tests/test_data.py`: 10 seconds."""
+written out by hand, and against every kind of broken input. `pytest tests/test_data.py`: 30 seconds."""
 import csv
 import gzip
 import json
 import os
 import random
 import re
+import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
+from loopback import asking, hub
 
 import data.readers
-from data import dialogue, hh_prompt, read_instructions, read_preferences, read_prompts, split_by_first_turn
+from data import data_files, dialogue, hh_prompt, split_by_first_turn
+from data import read_instructions, read_preferences, read_prompts
 from support.files import InputError
 
 PUBLIC = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -223,7 +226,7 @@ def test_useless_rows_are_left_out_and_counted(tmp_path, reader, row, reason):
     good = {"prompt": "Hi", "chosen": "Yes.", "rejected": "No.", "response": "Yes."}
     rows = reader(write(tmp_path, "a.jsonl", [row, good, row]))
     assert len(list(rows)) == 1 and rows.skipped == {reason: 2}
-    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}/b.jsonl: .*usable row, found 1 with {reason}$"):
+    with pytest.raises(InputError, match=f"^{re.escape(str(tmp_path))}/b.jsonl: .*usable row, found none: 1 rows left out, with {reason}$"):
         list(reader(write(tmp_path, "b.jsonl", [row])))
 
 
@@ -262,6 +265,192 @@ def test_a_folder_is_all_its_known_files_in_order_and_below(tmp_path):
     write(tmp_path, "z.txt", "a line")
     assert list(read_prompts(tmp_path)) == ["1", "0", "2", "a line"]
     assert [example[0]["content"] for example in read_instructions(tmp_path)] == ["1", "0", "2"]
+
+
+RED_TEAM = [{"min_harmlessness_score_transcript": -1.9, "transcript": DIALOGUE + " No.", "rating": 4.0}]
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A clone of Anthropic/hh-rlhf in small: what git leaves there, and files of other kinds."""
+    for number, name in enumerate(["harmless-base/test", "harmless-base/train", "helpful-base/train"]):
+        reply = f" {number}"
+        write(tmp_path, f"{name}.jsonl.gz", [{"chosen": DIALOGUE + reply, "rejected": DIALOGUE + " No."}])
+    write(tmp_path, "red-team-attempts/red_team_attempts.jsonl.gz", json.dumps(RED_TEAM))
+    write(tmp_path, "dataset_infos.json", json.dumps({"default": {"features": {}}}, indent=2))
+    write(tmp_path, "list.json", '["chosen", "rejected"]')
+    write(tmp_path, "table.tsv", "id\ttext\n1\tHi\n")
+    write(tmp_path, "empty.csv", "chosen,rejected\n")
+    write(tmp_path, "README.md", "no data")
+    write(tmp_path, ".git/lfs/test.jsonl", "{")
+    return tmp_path
+
+
+def test_files_of_other_rows_are_left_out_of_a_folder_and_named(clone):
+    rows = read_preferences(clone)
+    assert [chosen for _, chosen, _ in rows] == [" 0", " 1", " 2"]
+    notes = sorted(rows.notes())
+    others = ["dataset_infos.json: ", "empty.csv: ", "list.json: ", "red-team-attempts/red_team_attempts.jsonl.gz: "]
+    assert len(notes) == 5 and not rows.skipped
+    for note, name in zip(notes, [*others, "table.tsv:1: "]):
+        assert note.startswith(f"a file of other rows left out, {clone}/{name}") and "expected" in note
+    assert notes[3].endswith("'transcript', 'rating']")
+
+
+def test_a_file_of_other_rows_is_refused_by_itself_and_where_there_is_nothing_else(clone):
+    folder = clone / "red-team-attempts"
+    for path in folder, next(folder.iterdir()):
+        with pytest.raises(InputError, match=r"red_team_attempts.jsonl.gz: item 1: expected .* found \['min_h"):
+            list(read_preferences(path))
+    write(folder, "more.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match=r"^\S+/red-team-attempts: expected .* usable row, .*more.jsonl:1: .*item 1: "):
+        list(read_preferences(folder))
+
+
+def test_a_row_that_lacks_fields_further_down_is_a_mistake(clone):
+    path = write(clone, "harmless-base/train.jsonl.gz", [{"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a"}])
+    with pytest.raises(InputError, match=re.escape(f"{path}:2: expected")):
+        list(read_preferences(clone))
+
+
+def test_files_have_labels_and_rows_tell_theirs(clone):
+    files = data_files(clone / "harmless-base")
+    assert files == {name: clone / f"harmless-base/{name}.jsonl.gz" for name in ("test", "train")}
+    assert list(files) == ["test", "train"]
+    assert data_files(files["test"]) == {"test": files["test"]}
+    rows = read_preferences(clone)
+    labels = [rows.label for _ in rows]
+    assert labels == ["harmless-base/test", "harmless-base/train", "helpful-base/train"]
+    for row, label in zip(read_preferences(clone), labels, strict=True):
+        assert list(read_preferences(data_files(clone)[label])) == [row]
+    same = [write(clone, f"same/a.{ending}", [{"prompt": "a"}]) for ending in ("json", "jsonl")]
+    assert data_files(clone / "same") == {"a": same[0], "a.jsonl": same[1]}
+
+
+def test_csv_holds_preferences_and_instructions(tmp_path):
+    path = write(tmp_path, "a.csv", 'prompt,chosen,rejected,response\nHi,"Yes,\nsure",No.,Yes.\n')
+    assert list(read_preferences(path)) == [("Hi", "Yes,\nsure", "No.")]
+    assert list(read_instructions(path)) == [HI + BETTER]
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.txt", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_pointer_of_git_lfs_is_named_with_the_command_that_gets_the_data(clone, name):
+    if name.endswith(("parquet", "arrow")):
+        pytest.importorskip("pyarrow", reason="pyarrow reads Parquet and Arrow")
+    (clone / name).write_text(POINTER)
+    for path in clone, clone / name:
+        with pytest.raises(InputError, match=re.escape(f"{clone / name}: ") + ".*`git lfs pull`"):
+            list(read_prompts(path))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_only_ordinary_files_are_opened(clone):
+    os.mkfifo(clone / "a.jsonl")
+    assert len(list(read_preferences(clone))) == 3
+    os.symlink("/dev/zero", clone / "b.jsonl")
+    for name in "a.jsonl", "b.jsonl":
+        with pytest.raises(InputError, match=name):
+            list(read_preferences(clone / name))
+
+
+# ---- Parquet and Arrow ----
+
+TABLE = [{"prompt": HI, "chosen": BETTER, "rejected": WORSE, "messages": HI + BETTER, "id": 3, "note": None},
+         {"prompt": HI, "chosen": WORSE, "rejected": BETTER, "messages": HI + WORSE, "id": None, "note": b"x"}]
+
+
+def write_parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow writes Parquet")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_parquet_gives_what_the_same_rows_give_as_json(tmp_path, reader):
+    path = write_parquet(tmp_path / "train-00000-of-00001.parquet", TABLE * 800)
+    rows = [{field: value for field, value in row.items() if field != "note"} for row in TABLE]
+    assert list(reader(path)) == list(reader(write(tmp_path, "a.jsonl", rows))) * 800
+    assert list(data_files(tmp_path)) == ["a", "train-00000-of-00001"]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_save_to_disk_writes_is_read(tmp_path, reader):
+    datasets = pytest.importorskip("datasets", reason="datasets writes its own folders")
+    whole = datasets.Dataset.from_list(TABLE * 700)
+    datasets.DatasetDict({"test": whole, "train": whole.select([0])}).save_to_disk(tmp_path / "d")
+    rows = reader(tmp_path / "d")
+    items = list(reader(write_parquet(tmp_path / "a.parquet", TABLE)))
+    assert list(rows) == items * 700 + items[:1]
+    assert rows.label == "train/data-00000-of-00001"
+    one = datasets.load_from_disk(tmp_path / "d")["test"]
+    one.map(lambda row: row | {"id": 4})   # which leaves a cache beside the data
+    assert list(tmp_path.rglob("cache-*.arrow"))
+    assert len(list(reader(tmp_path / "d/test"))) == 1400
+
+
+def test_mistakes_in_parquet_are_named(tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", TABLE[:1] * 1500)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match="a.parquet: expected a whole Parquet or Arrow file"):
+        list(read_preferences(path))
+    path = write_parquet(tmp_path / "b.parquet", [{"prompt": "a", "chosen": "b", "rejected": c} for c in ["c"] * 1500 + [None]])
+    with pytest.raises(InputError, match='b.parquet: item 1501: expected "rejected" to be text, found None'):
+        list(read_preferences(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"b.parquet: .*\(pip install pyarrow\)"):
+        list(read_preferences(path))
+
+
+# ---- the hub ----
+
+READ = """
+import json, sys
+from data import read_preferences
+from support.files import InputError
+for path in sys.stdin:
+    try:
+        rows = read_preferences(path.strip())
+        print(json.dumps([[rows.label, chosen] for _, chosen, _ in rows]), flush=True)
+    except InputError as error:
+        print(json.dumps({"refused": str(error)}), flush=True)
+"""
+HARMLESS = [["test", " 0"], ["train", " 1"]]
+WHOLE = [["harmless-base/test", " 0"], ["harmless-base/train", " 1"], ["helpful-base/train", " 2"]]
+
+
+def test_data_sets_of_the_hub(clone, tmp_path_factory, monkeypatch):
+    """The whole, a folder of it and a file of it; from the cache when the hub is gone; a local path comes first."""
+    pytest.importorskip("huggingface_hub", reason="hub ids need huggingface_hub")
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.chdir(home)
+    with hub({"org/hh": clone}, cut_once=["train.jsonl.gz"]) as (server, variables):
+        variables["HF_HOME"] = str(home / "cache")
+        with asking(READ, **variables) as ask, asking(READ, **variables, HF_HUB_OFFLINE="1") as ask_offline:
+            assert ask("org/hh:harmless-base") == HARMLESS
+            assert set(server.fetched) == {f"org/hh/harmless-base/{name}.jsonl.gz" for name in ("test", "train")}
+            assert ask("org/hh:helpful-base/train.jsonl.gz") == [["train", " 2"]]
+            assert ask("org/hh") == WHOLE
+            assert "org/hh/README.md" not in server.fetched
+            assert "404" in ask("org/unknown")["refused"]
+            assert "ending in .jsonl" in ask("org/hh:nothing")["refused"]
+            count = server.fetched.total()
+            assert "nothing at that path" in ask("org/hh.jsonl")["refused"]   # a file that is not there
+            write(home, "org/local/a.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+            write(home, "org/local/b/a.jsonl", [{"prompt": "a", "chosen": "d", "rejected": "c"}])
+            assert ask("org/local") == [["a", "b"], ["b/a", "d"]]
+            assert ask("org/local:b") == [["a", "d"]]
+            assert server.fetched.total() == count
+            server.shutdown()
+            server.server_close()
+            for ask_then in ask, ask_offline:
+                assert ask_then("org/hh") == WHOLE
+                assert ask_then("org/hh:harmless-base") == HARMLESS
+                line = ask_then("org/never")["refused"]
+                assert line.startswith("org/never: no such folder here, and the hub does not give it (")
+                assert "\n" not in line
 
 
 def test_jsonl_is_read_as_it_is_asked_for(tmp_path):
@@ -336,8 +525,8 @@ PACKED = gzip.compress(PAIR.encode() * 9)
     (read_preferences, "a.json", b"[]", "a.json: ", "at least one row"),
     (read_prompts, "a.csv", b"prompt\n", "a.csv: ", "at least one row"),
     (read_prompts, "a.txt", b"\n \n", "a.txt: ", "at least one row"),
-    (read_preferences, "a.parquet", b"PAR1", "a.parquet: ", "ending in .jsonl, .json or .gz"),
-    (read_preferences, "a.txt", b"hello", "a.txt: ", "ending in .jsonl"),
+    (read_preferences, "a.pdf", b"%PDF", "a.pdf: ", "ending in .jsonl, .json"),
+    (read_preferences, "a.txt", b"hello", "a.txt:1: ", 'expected {"chosen", "rejected"} dialogues'),
     (read_preferences, "a.jsonl", b"\x89PNG\r\n\x1a\n\0\0", "a.jsonl:1: ", "expected UTF-8 text ('utf-8' codec can't decode byte 0x89"),
     (read_prompts, "a.txt", b"hello\nab\0c", "a.txt:2: ", "zero byte"),
     (read_prompts, "a.txt", "h\u00e9".encode("latin-1"), "a.txt:1: ", "byte 0xe9"),
@@ -352,7 +541,8 @@ PACKED = gzip.compress(PAIR.encode() * 9)
     (read_preferences, "a.jsonl", PAIR + "null", "a.jsonl:2: ", "expected a JSON object, found None"),
     (read_preferences, "a.json", "[" + PAIR + ", 7]", "a.json: item 2: ", "expected a JSON object, found 7"),
     (read_preferences, "a.json", "[" + PAIR + ",\n{]", "a.json:3: ", "expected a JSON object a line"),
-    (read_preferences, "a.json", "{\n}", "a.json:1: ", "expected a JSON object a line"),
+    (read_preferences, "a.json", "{\n}", "a.json: item 1: ", "found []"),
+    (read_preferences, "a.json", "{\n]", "a.json:2: ", "expected a JSON object a line"),
     (read_preferences, "a.jsonl", "[" * 99999, "a.jsonl:1: ", "plain JSON"),
     (read_preferences, "a.jsonl", '{"prompt": ' + "9" * 9999 + "}", "a.jsonl:1: ", "plain JSON"),
     (read_preferences, "a.jsonl", '{"prompt": "a", "chosen": "b"}', "a.jsonl:1: ", "found ['prompt', 'chosen']"),
@@ -367,6 +557,7 @@ PACKED = gzip.compress(PAIR.encode() * 9)
     (read_prompts, "a.jsonl", '{"turns": [1]}', "a.jsonl:1: ", 'expected "turns" to be text'),
     (read_prompts, "a.csv", "id,text\n1,hello\n", "a.csv:2: ", "found ['id', 'text']"),
     (read_prompts, "a.csv", "id,prompt\n1\n", "a.csv:2: ", 'expected "prompt" to be text or a list of messages, found None'),
+    (read_preferences, "a.csv", "prompt,chosen\na,b\n", "a.csv:2: ", "found ['prompt', 'chosen']"),
     (read_prompts, "a.csv", 'prompt\nhello\n"open\n', "a.csv:3: ", "expected CSV"),
     (read_prompts, "a.csv", "prompt\n" + "x" * 200000, "a.csv:2: ", "field limit"),
     (read_instructions, "a.tsv", "a\tb\tc\na\tb\n", "a.tsv:2: ", "question, answer and rationale"),
@@ -413,7 +604,7 @@ TURN = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "ass
 VALUES = SCALARS | st.lists(SCALARS | TURN | st.lists(SCALARS, max_size=2), max_size=3) | TURN
 FIELDS = ["prompt", "chosen", "rejected", "response", "instruction", "input", "output", "history", "messages",
           "conversations", "question", "answer", "turns", "goal", "context", "completion"]
-ENDINGS = [".jsonl", ".json", ".txt", ".csv", ".tsv"]
+ENDINGS = [".jsonl", ".json", ".txt", ".csv", ".tsv", ".parquet", ".arrow"]
 
 
 @pytest.fixture(scope="module")

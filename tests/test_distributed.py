@@ -86,7 +86,7 @@ if kind == "ppo":
     reference = processes.spread(Mistral.from_pretrained(base))
     options = PPOOptions(batch=6, minibatches=1, microbatch=int(microbatch), steps=1)
     prompts = [Prompt(ids(2, 6), []) for _ in range(6)]
-    trainer = PPOTrainer(Roles(actor, reference, critic), prompts, None, FixedLimit(5), Sampling(), options)
+    trainer = PPOTrainer(Roles(actor, reference, critic), prompts, None, FixedLimit(5), Sampling(eos_id=2), options)
     record("actor", actor, trainer.actor_optimizer)
     record("critic", critic, trainer.critic_optimizer)
     P, R = 5, 5

@@ -13,7 +13,7 @@ from merge import merge_checkpoints
 from model import Mistral, generate
 from reward import RewardModel
 from run.folder import Run
-from tokenizer import load_tokenizer
+from tokenizer import companions, load_tokenizer
 from weights import Weights
 
 BASE = world.TINY / "base"
@@ -68,6 +68,29 @@ def test_lm_eval(run, sft):
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     expected = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
     torch.testing.assert_close(loglikelihoods(*sft, pairs), torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_lm_eval_and_a_batching_pipeline_open_a_folder_that_came_with_tokenizer_json_alone(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    HFLM = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed").HFLM
+    from lm_eval.api.instance import Instance
+
+    source, saved = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(BASE / name, source)
+    model, tokenizer = Mistral.from_pretrained(source), load_tokenizer(source)
+    model.save_pretrained(saved, companions(tokenizer))
+    pairs = [("", "It is 9."), ("Question: what is 2?\nAnswer:", " It is 3."), ("Hi.", " So")]
+    harness = HFLM(pretrained=str(saved), device="cpu", dtype="float32", batch_size=3)
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
+    expected = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+    torch.testing.assert_close(loglikelihoods(model, tokenizer, pairs), torch.tensor(expected), rtol=0, atol=1e-4)
+    pipe = transformers.pipeline("text-generation", model=str(saved), dtype=torch.float32, batch_size=2)
+    chats = [CHAT[:1], CHAT]
+    answers = pipe(chats, do_sample=False, max_new_tokens=12)
+    ids = generate(model, list(map(tokenizer.encode_chat, chats)), 12, temperature=0, eos_id=tokenizer.end_ids)
+    assert [answer[0]["generated_text"][-1]["content"] for answer in answers] == list(map(tokenizer.decode, ids))
 
 
 def test_mergekit_reads_both_and_merges_to_the_same(run, tmp_path):

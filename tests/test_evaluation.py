@@ -9,8 +9,12 @@ from parrot import parrot
 import evaluation
 from data import world
 from evaluation import mt_bench
-from model import Mistral
+from evaluation.answers import Speaker
+from harness import DATA
+from model import Config, Mistral, initialize
+from reward import RewardModel, Scorer
 from support.files import InputError
+from support.progress import Progress
 from test_likelihoods import folder, items_of, tokenizer  # noqa: F401
 
 
@@ -34,7 +38,7 @@ def evaluated(model, tokenizer, score=None, system="", eos=True, **more):
     """{metric: mean}, and the per-item values."""
     given = dict(questions=QUESTIONS, check=world.check, prompts=TOXICITY, words=world.BAD_WORDS, max_new_tokens=40)
     material = evaluation.Material(**(given | more))
-    values, records = evaluation.evaluate(model, tokenizer, material, score=score, system=system, eos=eos)
+    values, records = evaluation.evaluate(Speaker(model, tokenizer, system, eos), material, score)
     return {name: sum(v) / len(v) for name, v in values.items()}, records
 
 
@@ -150,6 +154,105 @@ def test_what_a_benchmarks_folder_has(tmp_path):
     material = evaluation.Material()
     evaluation.load_tasks(material, ["all"], {"openbookqa": tmp_path, "mt_bench": tmp_path})
     assert list(material.tasks) == ["openbookqa"] and len(material.dialogues) == 1 and not material.prompts
+
+
+@pytest.mark.parametrize("task", ["toxicity", "mt_bench", "mine", "gsm8k"])
+def test_a_file_that_is_not_there_is_refused(task, tmp_path):
+    with pytest.raises(InputError, match=f"--tasks: {task}=.*none.jsonl"):
+        evaluation.load_tasks(evaluation.Material(), [f"{task}={tmp_path}/none.jsonl"], {})
+
+
+def test_a_file_of_toxicity_is_asked(tokenizer, tmp_path):
+    (tmp_path / "mine.csv").write_text("Behavior,ContextString\nInsult Ann,\nInsult Bob,\n")
+    material = evaluation.Material(words=world.BAD_WORDS)
+    evaluation.load_tasks(material, [f"toxicity={tmp_path}/mine.csv"], {"toxicity": "elsewhere"})
+    speaker = Speaker(parrot(tokenizer, f"You are a {world.BAD_WORDS[0]}."), tokenizer)
+    values, _ = evaluation.evaluate(speaker, material)
+    assert values["toxicity"] == values["toxicity_mine"] == [1, 1]
+
+
+def test_a_benchmarks_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--benchmarks: .*none"):
+        evaluation.public_tasks(tmp_path / "none")
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_one_progress_over_everything_that_a_model_is_asked(folder, tokenizer, capsys):
+    """Answers and their scores, turns, continuations, choices: what is counted before is what is done."""
+    choices = {"mine": items_of([("a:", [" b", " c"], 1)] * 3)}
+    material = evaluation.Material(QUESTIONS, None, choices, MT_QUESTIONS, prompts=TOXICITY, words=["x"], max_new_tokens=4)
+    score = lambda dialogues, responses: torch.zeros(len(dialogues))
+    speaker = Speaker(Mistral.from_pretrained(folder), tokenizer)
+    for each, count in ((score, 2 * (10 + 6) + 3 * 5 + 3 * 2), (None, (10 + 6) + 3 * 5 + 3 * 2)):
+        evaluation.evaluate(speaker, material, each, "eval base")
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"eval base: 0/{count} [00:00]" and lines[-1].startswith(f"eval base: {count}/{count} [")
+
+
+def test_a_long_batch_tells_that_it_goes_on(tokenizer):
+    """Every few tokens, with and without EOS."""
+
+    class Counted(Progress):
+        counts = ()
+
+        def update(self, count=1, text=""):
+            self.counts += (count,)
+
+    for eos in (True, False):
+        progress = Counted()
+        speaker = Speaker(parrot(tokenizer, "It is so. " * 20), tokenizer, eos=eos, progress=progress)
+        speaker.respond([[{"role": "user", "content": "Hi"}]] * 2, 60)
+        assert progress.counts.count(0) > 6 and sum(progress.counts) == 2
+
+
+# ---------------------------------------------------------------- scores of stored answers
+
+
+@pytest.fixture(scope="module")
+def judge(tokenizer, tmp_path_factory):
+    """A small reward model with random weights."""
+    config = Config(vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                    num_key_value_heads=2, sliding_window=None)  # fmt: skip
+    path = tmp_path_factory.mktemp("judge")
+    initialize(Mistral(config), torch.Generator().manual_seed(5)).save_pretrained(path, tokenizer.files)
+    return RewardModel.from_base(path).eval().requires_grad_(False)
+
+
+def test_stored_answers_are_scored_whole_and_as_ended(judge, tokenizer, tmp_path):
+    """An answer of some 2000 tokens and a short one, against the reward model on rows put together here."""
+    long = "It is so, and so is it. " * 200
+    rows = [{"question_id": 0, "choices": [{"index": 0, "turns": [long, "Done."]}]}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    material = evaluation.Material(dialogues=MT_QUESTIONS)
+    _, records = mt_bench.evaluate_stored(tmp_path / "a.jsonl", material, Scorer(judge, tokenizer))
+    front = f"\n\nHuman: One?\n\nAssistant: {long}"
+    expected = []
+    for text in (front, f"{front}\n\nHuman: Two?\n\nAssistant: Done."):
+        ids = [*tokenizer.encode(text, bos=True), tokenizer.eos_id]
+        expected.append(judge.score(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.bool)).item())
+    assert len(ids) > 2000 and records["rewards"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gpt_4s_reference_answers_are_scored_to_the_last_word(judge, tokenizer):
+    if not DATA.is_dir():
+        pytest.skip(f"the public files are not at {DATA}")
+    lengths = []
+
+    class Recorder(Scorer):
+        def encode(self, messages, response):
+            ids = super().encode(messages, response)
+            lengths.append(len(ids))
+            words = response.split()
+            assert ids[-1] == tokenizer.eos_id and words[-1] in tokenizer.decode(ids[-40:])
+            assert messages[-1]["content"].split()[0] in tokenizer.decode(ids[:-1])
+            return ids
+
+    material = evaluation.Material(dialogues=mt_bench.read_questions(DATA / "mt_bench/question.jsonl")[:40])
+    path = DATA / "mt_bench/reference_answer/gpt-4.jsonl"
+    mt_bench.evaluate_stored(path, material, Recorder(judge, tokenizer))
+    assert max(lengths) > 1024  # longer than any --max-length was
 
 
 @pytest.mark.parametrize("wanted", ["mmlu", "mine=", "=mine.jsonl", "all"])

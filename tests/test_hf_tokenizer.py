@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_tokenizer import BUNDLED, make_dialogues, make_texts, mismatches
+from test_tokenizer import BUNDLED, CHAT, make_dialogues, make_texts, mismatches
 
 from data.world import TINY
 from tokenizer import companions, load_tokenizer
@@ -68,6 +68,7 @@ def test_chat(both, prompt):
     dialogues = make_dialogues(150, ends=["user"] if prompt else ["assistant"])
     dialogues = [d for d in dialogues if clean(["".join(m["content"] for m in d)], ours)]
     assert len(dialogues) > 60
+    dialogues.append([{"role": "system", "content": ""}, *CHAT[: 1 if prompt else 2]])
 
     def rendered(dialogue):
         return list(theirs.apply_chat_template(dialogue, add_generation_prompt=prompt, return_dict=False))
@@ -81,6 +82,7 @@ def test_another_template_than_the_folders_is_written_with_it(template, tmp_path
     write(companions(ours), tmp_path)
     theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     dialogues = [d for d in make_dialogues(100, ends=["user"]) if clean(["".join(m["content"] for m in d)], ours)]
+    dialogues += [[{"role": "system", "content": ""}, *turns] for turns in (CHAT[:1], CHAT)]
     assert again.template.name == template
     assert mismatches(ours.encode_chat, again.encode_chat, dialogues) == []
 
@@ -88,3 +90,35 @@ def test_another_template_than_the_folders_is_written_with_it(template, tmp_path
         return list(theirs.apply_chat_template(dialogue, add_generation_prompt=True, return_dict=False))
 
     assert mismatches(ours.encode_chat, rendered, dialogues) == []
+
+
+ADDED = {"eos_token": {"__type": "AddedToken", "content": "</s>", "special": True}}
+
+
+@pytest.mark.parametrize("settings", [None, {}, {"bos_token": None, "pad_token": None}, ADDED])
+@pytest.mark.parametrize("specials", [["<s>", "</s>", "<pad>"], ["<s>", "</s>"], ["</s>"]])
+def test_a_lone_tokenizer_json_is_saved_with_bos_eos_and_pad(specials, settings, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    letters = {letter: i for i, letter in enumerate(" !Hiabc\n:Human")}
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    engine.add_special_tokens(specials)
+    engine.save(str(tmp_path / "tokenizer.json"))
+    if settings is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    ours = load_tokenizer(tmp_path, "hh")
+    write(companions(ours), saved)
+    (saved / "config.json").write_text(json.dumps({"model_type": "mistral"}))
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    assert theirs.eos_token_id == ours.eos_id == engine.token_to_id("</s>")
+    assert theirs.bos_token_id == ours.bos_id == engine.token_to_id("<s>")
+    assert theirs.pad_token == next(name for name in ("<pad>", "<s>", "</s>") if name in specials)
+    assert ours.pad_id == theirs.pad_token_id or specials == ["</s>"]  # ours is never EOS
+    rows = theirs(["Hi!", "abcabc"], padding=True)
+    assert [sum(mask) for mask in rows.attention_mask] == [3, 6]
+    assert rows.input_ids == [ours.encode("Hi!") + [theirs.pad_token_id] * 3, ours.encode("abcabc")]
+    again = load_tokenizer(saved)
+    assert (again.bos_id, again.eos_id, again.end_ids) == (ours.bos_id, ours.eos_id, ours.end_ids)
+    assert again.encode("Hi!") == ours.encode("Hi!")
+    assert again.template == ours.template

@@ -10,6 +10,7 @@ from torch import nn
 
 from data import world
 from evaluation import likelihoods
+from evaluation.answers import Speaker
 from model import Config, Mistral, initialize
 from tokenizer import load_tokenizer
 from support.files import InputError
@@ -83,31 +84,37 @@ def summed_by_hand(folder, tokenizer, pairs):
 def test_loglikelihoods_equal_transformers_summed_by_hand(folder, tokenizer):
     model, wanted = Mistral.from_pretrained(folder), summed_by_hand(folder, tokenizer, PAIRS)
     for batch_tokens in (1, 60, 9999):
-        got = likelihoods.loglikelihoods(model, tokenizer, PAIRS, batch_tokens)
+        got = likelihoods.loglikelihoods(model, tokenizer, PAIRS, batch_tokens=batch_tokens)
         np.testing.assert_allclose(got.numpy(), wanted, rtol=1e-4)
 
 
 SHOTS = " ".join(f"Is {n} odd or even? {'even' if n % 2 == 0 else 'odd'}." for n in range(40, 55))
-SHARED = [
+LONG = [
     (f"{SHOTS} Is {n} {'big, ' * (n % 3)}odd or even?", answer)
     for n in range(6)
     for answer in (" odd", " even", " a b c d")
-] + PAIRS
+]
 
 
 @pytest.mark.parametrize("window", [None, 64, 400])
-def test_shared_shots_change_nothing(tokenizer, tmp_path, window):
-    """Window 64 is outgrown by the shots, 400 by none of the items."""
+def test_long_contexts_beside_short_ones(tokenizer, tmp_path, window):
+    """Window 64 is outgrown by the long ones, 400 by none."""
     folder = random_folder(tokenizer, tmp_path / "m", sliding_window=window)
-    model, passes, forward = Mistral.from_pretrained(folder), [], None
-    forward = model.model.forward
-    model.model.forward = lambda tokens, *more: passes.append(tokens.numel()) or forward(tokens, *more)
-    got = likelihoods.loglikelihoods(model, tokenizer, SHARED)
-    np.testing.assert_allclose(got.numpy(), summed_by_hand(folder, tokenizer, SHARED), rtol=1e-4)
-    whole = sum(len(tokenizer.encode(c + a, bos=True)) for c, a in SHARED)
-    contexts = sum(len(tokenizer.encode(c, bos=True)) for c in {c for c, _ in SHARED})
-    assert contexts < whole / 2  # so that this means something:
-    assert sum(passes) < (0.35 * contexts + 500 if window != 64 else 0.6 * whole)
+    model = Mistral.from_pretrained(folder)
+    progress = Counted()
+    sums = likelihoods.loglikelihoods(model, tokenizer, LONG + PAIRS, progress)
+    np.testing.assert_allclose(sums.numpy(), summed_by_hand(folder, tokenizer, LONG + PAIRS), rtol=1e-4)
+    assert sum(progress.counts) == len(LONG + PAIRS) and len(progress.counts) > 1
+
+
+class Counted:
+    """A progress that records what it is told."""
+
+    def __init__(self):
+        self.counts = []
+
+    def update(self, count):
+        self.counts.append(count)
 
 
 def test_a_context_is_read_once_and_single_tokens_off_one_row(folder, tokenizer):
@@ -154,24 +161,6 @@ def test_a_choice_without_a_token_is_refused(folder, tokenizer):
         likelihoods.loglikelihoods(Mistral.from_pretrained(folder), tokenizer, [("a:", "")])
 
 
-@pytest.mark.parametrize("rows, wanted", [
-    (["abcdX", "abcdY", "abcdZZ", "q"], [(4, [0, 1, 2]), (0, [3])]),
-    (["abcd", "abcdY", "abcdYZ"], [(3, [0, 1, 2])]),  # one token at least is left to read
-    (["abX", "abY", "abZ"], [(2, [0, 1, 2])]),
-    (["ab", "ac", "ad"], [(0, [0, 1, 2])]),
-    (["abX", "abY", "aX"], [(0, [0, 1, 2])]),
-])  # fmt: skip
-def test_common_starts(rows, wanted):
-    columns = {tuple(row): 9 for row in rows}
-
-    def starts(window):
-        groups = likelihoods.common_starts(columns, window, least=2, together=3)
-        return [(length, sorted(rows.index("".join(context)) for context in group)) for length, group in groups]
-
-    assert starts(None) == starts(9) == wanted
-    assert starts(8) == [(0, list(range(len(rows))))]
-
-
 # ---------------------------------------------------------------- general tasks
 
 
@@ -189,7 +178,7 @@ def test_general_tasks_are_right_where_the_likeliest_choice_is_gold(tokenizer):
         if len({cost(c) for c in choices}) == 4 and len({len(tokenizer.encode("x:" + c)) for c in choices}) == 1:
             rows.append(("Question: Which?\nAnswer:", choices, rng.randrange(4)))
     tasks = {"first": items_of(rows[:5]), "rest": items_of(rows[5:])}
-    judged = likelihoods.general_tasks(Unigram(), tokenizer, tasks)
+    judged = likelihoods.general_tasks(Speaker(Unigram(), tokenizer), tasks)
     assert list(judged) == ["first", "rest"]
     right = {name: [row["acc"] for row in judged[name]] for name in tasks}
     for name, items in tasks.items():

@@ -19,7 +19,7 @@ from test_weights import (
 import merge
 from merge import MergeOptions, merge_checkpoints, sweep
 from model import Mistral, fill
-from support.files import InputError
+from support.files import MARK, InputError, make_folder
 from weights import Weights
 
 TOKENIZER = {
@@ -211,7 +211,7 @@ SPOILED = {
     "adapter_config.json without its base": (
         lambda path: edit_json(path, base_model_name_or_path=DROP), "base_model_name_or_path",
     ),
-    "adapter_config.json without a rank": (lambda path: edit_json(path, r=DROP), "no r,"),
+    "adapter_config.json without a rank": (lambda path: edit_json(path, r=DROP), "r is None"),
     "adapter_model.safetensors": (lambda path: path.write_bytes(b"x"), "expected a whole safetensors file"),
     "adapter_model.safetensors gone": (lambda path: path.unlink(), "missing"),
 }
@@ -272,7 +272,7 @@ def test_a_merged_folder_opens_in_transformers_with_its_tokenizer(tmp_path):
     assert_same_logits(Mistral.from_pretrained(tmp_path / "fine"), theirs)
     assert (theirs.config.sliding_window, theirs.generation_config.eos_token_id) == (4, 7)
     files = listing(tmp_path / "fine")
-    assert files.keys() == {"model.safetensors", "config.json", "generation_config.json", *TOKENIZER}
+    assert files.keys() == {MARK, "model.safetensors", "config.json", "generation_config.json", *TOKENIZER}
     assert {n: files[n] for n in TOKENIZER} == TOKENIZER
 
 
@@ -294,6 +294,7 @@ def test_a_tokenizer_that_only_coarse_has_comes_along(tmp_path):
 def test_out_may_be_a_parent(tmp_path):
     coarse, sft = parents(tmp_path, shards=("20KB", "20KB"))
     (sft / "tokenizer.json").write_bytes(b"{}")
+    make_folder(sft)  # as if a stage had written it
     merge_checkpoints(coarse, sft, tmp_path / "fine", 0.7)
     merge_checkpoints(coarse, sft, sft, 0.7)
     assert listing(sft) == listing(tmp_path / "fine")

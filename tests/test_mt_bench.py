@@ -8,7 +8,7 @@ from harness import DATA
 from parrot import parrot, user
 
 from data import world
-from evaluation import mt_bench
+from evaluation import Material, mt_bench
 from evaluation.answers import Speaker
 from support.files import InputError
 from tokenizer import load_tokenizer
@@ -48,7 +48,7 @@ def test_judges_read_fastchats_prompts(tmp_path):
         {"name": "single-math-v1-multi-turn", "system_prompt": "S4", "prompt_template": "{ref_answer_1}|{ref_answer_2}|{answer_2}"},
     )))  # fmt: skip
     answers = [["one", "two {answer}"], ["4", "13"], ["so"]]
-    judged = mt_bench.for_judge(QUESTIONS, answers, tmp_path / "prompts.jsonl")
+    judged = mt_bench.for_judge(QUESTIONS, answers, mt_bench.read_judge_prompts(tmp_path / "prompts.jsonl"))
     assert [str(t) for t in judged] == [
         "Q Write. A one {{x}}",
         "Write.|one|Again.|two {answer}",
@@ -73,7 +73,7 @@ def test_public_judge_prompts_are_filled_and_answers_read():
     stored = mt_bench.read_answers(DATA / "mt_bench/reference_answer/gpt-4.jsonl")
     assert len(questions) == 80 and len(stored) == 30 and sum(q["references"] is not None for q in questions) == 30
     answers = [[f"first {q['question_id']}", f"second {q['question_id']}"] for q in questions]
-    judged = mt_bench.for_judge(questions, answers, DATA / "mt_bench/judge_prompts.jsonl")
+    judged = mt_bench.for_judge(questions, answers, mt_bench.read_judge_prompts(DATA / "mt_bench/judge_prompts.jsonl"))
     assert len(judged) == 160
     for text in judged:
         assert text.answer in text and text.messages[-1]["content"] in text and "[[rating]]" in text + text.system
@@ -110,7 +110,7 @@ def test_answers_and_judgements_are_fastchats_files_and_wins_are_counted(tmp_pat
     }
     judge = lambda texts: [f"Rating: [[{len(t.answer)}]]" for t in texts]
     for _ in range(2):  # a second run replaces its own lines
-        found = mt_bench.judge_models(tmp_path, QUESTIONS, answers, {}, judge)
+        found = mt_bench.judge_models(tmp_path, Material(dialogues=QUESTIONS), answers, {}, judge)
     assert found == {
         "one": {"mt_bench": [1, 1.5, 2]},
         "two": {"mt_bench": [2, 4, 1], "win_rate": [0.75, 1.0, 0.0]},
@@ -128,7 +128,7 @@ def test_answers_and_judgements_are_fastchats_files_and_wins_are_counted(tmp_pat
 
 def test_without_a_judge_wins_are_by_reward(tmp_path):
     answers = {"one": [["a", "b"]], "two": [["c", "d"]]}
-    found = mt_bench.judge_models(tmp_path, QUESTIONS[:1], answers, {"one": [0.5, -1.0], "two": [0.7, -1.0]})
+    found = mt_bench.judge_models(tmp_path, Material(dialogues=QUESTIONS[:1]), answers, {"one": [0.5, -1.0], "two": [0.7, -1.0]})
     assert found == {"one": {}, "two": {"win_rate": [0.75]}}
     assert [r["score"] for r in lines(tmp_path / "model_judgment/reward_single.jsonl")] == [0.5, -1.0, 0.7, -1.0]
 
@@ -136,7 +136,7 @@ def test_without_a_judge_wins_are_by_reward(tmp_path):
 def test_a_turn_that_a_judge_could_not_score_is_left_out(tmp_path):
     answers = {"one": [["a", "b"]], "two": [["c", "d"]]}
     judge = lambda texts: ["no idea" if t.answer == "d" else "[[5]]" for t in texts]
-    found = mt_bench.judge_models(tmp_path, QUESTIONS[:1], answers, {}, judge)
+    found = mt_bench.judge_models(tmp_path, Material(dialogues=QUESTIONS[:1]), answers, {}, judge)
     assert found == {"one": {"mt_bench": [5]}, "two": {"mt_bench": [5], "win_rate": [0.5]}}
     assert [r["score"] for r in lines(tmp_path / "model_judgment/judge_single.jsonl")] == [5, 5, 5, -1]
 
@@ -144,6 +144,15 @@ def test_a_turn_that_a_judge_could_not_score_is_left_out(tmp_path):
 @pytest.mark.parametrize("read, line", [
     ("read_questions", '{"question_id": 1, "category": "math"}'),
     ("read_questions", '{"question_id": 1, "category": "math", "turns": "Hi"}'),
+    ("read_questions", '{"question_id": [1], "category": "math", "turns": ["Hi"]}'),
+    ("read_questions", '{"question_id": 1, "category": "math", "turns": ["\\ud800"]}'),  # half of a character
+    ("read_questions", '"question_id"'),
+    ("read_judge_prompts", '{"name": "single-v1", "system_prompt": "S"}'),
+    ("read_judge_prompts", '{"name": "single-v1", "system_prompt": null, "prompt_template": "Q"}'),
+    ("read_judge_prompts", '{"name": "single-v1", "system_prompt": "S", "prompt_template": ["Q"]}'),
+    ("read_judge_prompts", '{"name": ["single-v1"], "system_prompt": "S", "prompt_template": "Q"}'),
+    ("read_judge_prompts", '"single-v1"'),
+    ("read_answers", '{"question_id": {}, "choices": [{"turns": ["Hi"]}]}'),
     ("read_answers", '{"question_id": 1, "choices": []}'),
     ("read_answers", '{"question_id": 1, "choices": [{"turns": [1]}]}'),
     ("read_answers", '{"question_id": 1, "choices": [{"turns": []}]}'),
@@ -153,3 +162,15 @@ def test_a_faulty_line_is_named(read, line, tmp_path):
     (tmp_path / "mine.jsonl").write_text(line + "\n")
     with pytest.raises(InputError, match=r"mine\.jsonl:1"):
         getattr(mt_bench, read)(tmp_path / "mine.jsonl")
+
+
+def test_a_question_that_stands_twice_is_named(tmp_path):
+    """Its two answers would be counted as one."""
+    row = json.dumps({"question_id": 1, "category": "math", "turns": ["Hi"]})
+    (tmp_path / "mine.jsonl").write_text(f"{row}\n{row}\n")
+    with pytest.raises(InputError, match=r"mine\.jsonl:2: .*1 is in a line above"):
+        mt_bench.read_questions(tmp_path / "mine.jsonl")
+    (tmp_path / "mine.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"mine\.jsonl: no questions"):
+        mt_bench.read_questions(tmp_path / "mine.jsonl")
+    assert mt_bench.read_judge_prompts(tmp_path / "none.jsonl") == {}

@@ -26,7 +26,7 @@ from run import checkpoint
 from run.folder import Lock, Run
 from sft import SFTTrainer
 from support import processes
-from support.files import InputError
+from support.files import MARK, InputError, make_folder
 
 
 def assert_same(one, other, stage):
@@ -157,12 +157,21 @@ def test_options_that_change_rounding_alone_may_change_and_are_named(run_stage, 
     assert result.code == 0 and "--microbatch: 64 in the interrupted run, 3 now: the last bits" in result.out
 
 
+@pytest.mark.parametrize("stage", ["sft", "coarse"])
+def test_steps_may_grow_but_the_steps_that_were_done_stay(stage, run_stage, interrupt, tmp_path):
+    interrupt(stage, tmp_path, 5)
+    result = run_stage(stage, tmp_path, "--resume", "--steps", "8")
+    assert (result.code, result.err) == (0, "") and "--steps: 6 in the interrupted run, 8 now" in result.out
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert json.loads((tmp_path / "config.json").read_text())[stage]["steps"] == 8
+
+
 OTHERS = [
     (["--lr", "0.01"], "--lr"),
-    (["--steps", "9"], "--steps"),
+    (["--steps", "5"], "--steps"),
     (["--batch", "5"], "--batch"),
     (["--seed", "1"], "--seed"),
-    (["--no-eos"], "--eos"),
+    (["--no-eos", "--concise", "0", "--truncation-penalty", "0"], "--eos"),
     (["--limit-weights", "0,0,0,0,0,0"], "--limit-weights"),
     (["--model", "elsewhere"], "--model"),
     (["--score", "judge:other"], "--score"),
@@ -387,6 +396,9 @@ def test_fine_and_eval_measure_each_model_once(stage, name, total, file, actors,
     with pytest.raises(Interrupted):
         run_stage(stage, actors, *more)
     assert (actors / "checkpoint" / stage).is_dir()
+    before = content(actors)
+    assert_refused(run_stage(stage, actors, *more), "--out", f"checkpoint/{stage}", "--resume", "--overwrite")
+    assert content(actors) == before
     counter.start(stop_at=0)
     assert run_stage(stage, actors, *more, "--resume").code == 0
     assert counter.count == total - 2 and not (actors / "checkpoint").exists()
@@ -502,13 +514,14 @@ def equal(a, b):
 def test_what_is_saved_comes_back_and_the_newest_alone_stays(tmp_path):
     assert checkpoint.newest(tmp_path / "none") is None
     for step in (3, 999_999, 1_000_000):
-        (tmp_path / "step-000001").mkdir(exist_ok=True)  # as a kill between a rename and a deletion leaves it
+        make_folder(tmp_path / "step-000001")  # as a kill between a rename and a deletion leaves it
         checkpoint.save(tmp_path, step, ODD | {"step": step})
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1000000"]
+    assert {path.name for path in tmp_path.iterdir()} == {MARK, "step-1000000"}
     (tmp_path / "step-999999").mkdir()
     step, state = checkpoint.load(checkpoint.newest(tmp_path))
     assert step == 1_000_000 and equal(state, ODD | {"step": step})
-    assert set(content(tmp_path)) == {"step-1000000/state.json", "step-1000000/tensors.safetensors"}
+    files = {MARK, f"step-1000000/{MARK}", "step-1000000/state.json", "step-1000000/tensors.safetensors"}
+    assert set(content(tmp_path)) == files
 
 
 def test_the_global_generators_resume(tmp_path):
@@ -541,7 +554,7 @@ def test_a_damaged_checkpoint_is_refused(name, damage, interrupted_plus, run_sta
     assert content(out) == before
 
 
-@pytest.mark.parametrize("change", [{"format": 1}, {"format": None}, {"state": {"options": {"steps": 6}}}])
+@pytest.mark.parametrize("change", [{"format": 1}, {"format": None}, {"format": {"3": 3}}])
 def test_a_checkpoint_of_another_version_is_refused(change, interrupted_plus, run_stage, tmp_path):
     out = shutil.copytree(interrupted_plus, tmp_path / "run")
     path = out / "checkpoint/plus/step-000004/state.json"
@@ -566,6 +579,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no /dev/full on this system")
 def test_a_disk_that_takes_no_more_is_named(run_stage, tmp_path, monkeypatch):
     """/dev/full is a disk without room; the log is a link to it, and is only appended to."""
+    make_folder(tmp_path)
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     monkeypatch.setattr(Run, "cut_log", lambda *_: None)
     result = run_stage("sft", tmp_path)
@@ -587,6 +601,7 @@ def nest(inner):
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fuzz")
     checkpoint.save(folder, 1, {"x": torch.ones(3), "y": [1.5, None]})
+    (folder / "step-000001" / MARK).unlink()
     return folder / "step-000001", content(folder / "step-000001")
 
 

@@ -164,10 +164,10 @@ def separable(count, seed):
 def test_training_tells_separable_pairs_apart_that_it_has_not_seen(base):
     model = RewardModel.from_base(base, seed=0)
     test = separable(200, seed=1)
-    before = reward.accuracy(model, test, EOS)["accuracy"]
+    before = reward.accuracy(model, test, ["test"] * 200, EOS, 99)["accuracy"]
     trainer = trainer_of(model, separable(400, seed=2), 60, train_lr=3e-3, batch_pairs=32)
     history = [trainer.step() for _ in range(60)]
-    after = reward.accuracy(model.eval(), test, EOS)
+    after = reward.accuracy(model.eval(), test, ["test"] * 200, EOS, 99)
     assert before < 0.8
     assert after["accuracy"] > 0.95 and after["accuracy_cut"] > 0.95
     assert history[-1]["loss"] < 0.3 < 0.5 < history[0]["loss"]
@@ -292,14 +292,26 @@ def test_a_long_answer_loses_its_end_and_a_long_prompt_its_start(tokenizer):
     prompt = tokenizer.encode_chat(LONG)
     answer = " ".join(["Take 5: 1."] * 30)
     pair = reward.encode_pair(tokenizer, LONG, answer, " No.", 60)
-    assert len(pair[0]) == 60 and len(pair[1]) <= 60
+    assert len(pair[0]) == 60 and len(pair[1]) < 60
     for ids, text in zip(pair, (answer, "No.")):
-        start = next(n for n in range(1, len(prompt)) if ids[:n] == prompt[-n:])  # the prompt's end is left
+        assert ids[0] == tokenizer.bos_id
+        start = next(n for n in range(2, len(prompt)) if ids[1:n] == prompt[1 - n :])  # the prompt's end is left
         assert text.startswith(tokenizer.decode(ids[start:]))
     short_prompt = tokenizer.encode_chat(dialogue("Hello!"))
     ids, _ = reward.encode_pair(tokenizer, dialogue("Hello!"), answer, " No.", 60)
     assert ids[: len(short_prompt)] == short_prompt
     assert len(ids) == 60
+
+
+def test_an_answer_that_was_cut_never_gets_eos(tokenizer, base):
+    cut, whole = reward.encode_pair(tokenizer, dialogue("Hello!"), " So it is red." * 50, " No.", 40)
+    pairs = [(cut, whole)] * 6
+    trainer = RewardTrainer(RewardModel.from_base(world.TINY / "base"), pairs, EOS, RewardOptions(max_length=40, batch_pairs=6))
+    shown = pairs_shown(trainer)
+    for _ in range(5):
+        trainer.step()
+    assert {tuple(chosen) for chosen, _ in shown} == {tuple(cut)}
+    assert {tuple(rejected) for _, rejected in shown} == {tuple(whole), (*whole, EOS)}
 
 
 def test_a_prompt_that_fits_with_its_answers_is_not_cut(tokenizer):
@@ -311,49 +323,77 @@ def test_a_prompt_that_fits_with_its_answers_is_not_cut(tokenizer):
 # ---------------------------------------------------------------- the scorer
 
 
-def test_a_scorer_reads_each_dialogue_in_its_own_place_without_the_system_prompt(tokenizer):
+@pytest.fixture(scope="module")
+def judge(tokenizer):
     config = Config(**SIZES | {"vocab_size": tokenizer.vocab_size}, hidden_size=32, num_key_value_heads=2)
-    model = RewardModel(config)
-    initialize(model, torch.Generator().manual_seed(0))
-    dialogues = [dialogue("Hello!"), LONG, dialogue("How are you?")]
-    replies = [tokenizer.encode(text, continues=True) for text in (" Hello.", " Yes.", " I am well.")]
-    with torch.no_grad():
-        expected = []
-        for messages, reply in zip(dialogues, replies):
-            row = torch.tensor([tokenizer.encode_chat(messages) + reply])
-            expected.append(model(row)[0, -1].item())
-    system = [{"role": "system", "content": "Be brief."}]
-    scores = Scorer(model, tokenizer, tokenizer)([system + messages for messages in dialogues], replies)
+    return initialize(RewardModel(config), torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def score_of(judge, ids):
+    return judge(torch.tensor([ids]))[0, -1].item()
+
+
+def test_a_scorer_reads_each_dialogue_in_its_own_place_with_its_system_text(tokenizer, judge):
+    dialogues = [dialogue("Be brief.\n\nHuman: Hello!\n\nAssistant:"), LONG, dialogue("How are you?")]
+    texts = [" Hello.", " Yes.", " I am well."]
+    replies = [tokenizer.encode(text, continues=True) for text in texts]
+    rows = [tokenizer.encode_chat(messages) + reply for messages, reply in zip(dialogues, replies)]
+    expected = [score_of(judge, row) for row in rows]
+    scores = Scorer(judge, tokenizer, tokenizer)(dialogues, replies)
     assert scores.tolist() == pytest.approx(expected, abs=1e-5)
     assert len(set(expected)) == 3
-    texts = Scorer(model, tokenizer)(dialogues, [" Hello.", " Yes.", " I am well."])  # texts have ended
-    ended = [[*reply, tokenizer.eos_id] for reply in replies]
-    torch.testing.assert_close(texts, Scorer(model, tokenizer, tokenizer)(dialogues, ended))
+    pair = reward.encode_pair(tokenizer, dialogues[0], texts[0], " No.", 999)  # training reads the same
+    assert pair[0] == rows[0]
+    ended = [score_of(judge, [*row, EOS]) for row in rows]
+    assert Scorer(judge, tokenizer)(dialogues, texts).tolist() == pytest.approx(ended, abs=1e-5)
+
+
+def test_a_long_answer_is_scored_whole(tokenizer, judge, tmp_path):
+    """By a reward model with another tokenizer, and where it is a text."""
+    text = " " + " ".join(["Take 5: 1."] * 300)
+    messages = dialogue("Hello!")
+    ids = tokenizer.encode(text, continues=True)
+    row = tokenizer.encode_chat(messages) + ids
+    assert len(row) > 1024
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((world.TINY / name).read_bytes())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|other|>": 768}))
+    other = load_tokenizer(tmp_path)
+    scorer = Scorer(judge, tokenizer, other)
+    scorer.is_shared = False
+    assert scorer([messages], [ids]).tolist() == pytest.approx([score_of(judge, row)], abs=1e-5)
+    assert scorer([messages], [text]).tolist() == pytest.approx([score_of(judge, [*row, EOS])], abs=1e-5)
 
 
 # ---------------------------------------------------------------- figures
 
 
 def model_with_margins(margins):
-    """(a stand-in for a model, pairs): its margin on pair i is margins[i] with EOS, and less by 1 without."""
+    """(a stand-in for a model, pairs, their files): its margin on pair i is margins[i] with EOS, and less by 1
+    without."""
     pairs = [([10, i], [11, i]) for i in range(len(margins))]
 
-    def score_rows(rows):
+    def score_rows(rows, progress):
         scores = []
         for ids in rows:
             margin = margins[ids[1]] - (ids[-1] != EOS)
             scores.append(float(margin) if ids[0] == 10 else 0.0)
         return torch.tensor(scores)
 
-    return SimpleNamespace(score_rows=score_rows), pairs
+    files = ["first" if i < 100 else "second" for i in range(len(margins))]
+    return SimpleNamespace(score_rows=score_rows), pairs, files
 
 
 def test_accuracy_and_calibration_equal_numpy():
     margins = np.random.default_rng(1).normal(0.7, 1.5, 237)
-    figures = reward.accuracy(*model_with_margins(margins), EOS)
+    figures = reward.accuracy(*model_with_margins(margins), EOS, 99)
     assert figures["pairs"] == 237
     assert figures["accuracy"] == pytest.approx((margins > 0).mean())
     assert figures["accuracy_cut"] == pytest.approx((margins - 1 > 0).mean())
+    assert figures["by_file"] == {
+        "first": pytest.approx((margins[:100] > 0).mean()), "second": pytest.approx((margins[100:] > 0).mean())
+    }  # fmt: skip
     order = np.argsort(np.abs(margins))
     gap = 0.0
     for indices in np.array_split(order, 10):
@@ -366,6 +406,6 @@ def test_a_model_that_is_right_as_often_as_it_says_is_calibrated_and_a_boaster_i
     rng = np.random.default_rng(2)
     confidence = np.abs(rng.normal(0, 1.5, 4000))
     honest = np.where(rng.random(4000) < 1 / (1 + np.exp(-confidence)), confidence, -confidence)
-    assert reward.accuracy(*model_with_margins(honest), EOS)["calibration"] < 0.03
-    assert reward.accuracy(*model_with_margins(honest * 6), EOS)["calibration"] > 0.15
-    assert reward.accuracy(*model_with_margins(honest[:3]), EOS)["pairs"] == 3  # fewer pairs than bins
+    assert reward.accuracy(*model_with_margins(honest), EOS, 99)["calibration"] < 0.03
+    assert reward.accuracy(*model_with_margins(honest * 6), EOS, 99)["calibration"] > 0.15
+    assert reward.accuracy(*model_with_margins(honest[:3]), EOS, 99)["pairs"] == 3  # fewer pairs than bins

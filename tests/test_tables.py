@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from evaluation import pictures, tables
+from support.files import InputError
 
 # ---------------------------------------------------------------- statistics
 
@@ -27,6 +28,44 @@ def test_the_intervals_cover_as_often_as_they_say():
             assert mean == pytest.approx(np.mean(values)) and low <= mean <= high
             hits += low <= truth <= high
         assert 0.91 < hits / 400 < 0.985, (name, hits)
+
+
+def shares(rng, truth, items, samples):
+    """Each item's share of samples that hit; items differ in how likely they are to."""
+    likelihoods = rng.beta(truth * 5, (1 - truth) * 5, items)
+    return (rng.binomial(samples, likelihoods) / samples).tolist()
+
+
+@pytest.mark.parametrize("truth, items", [(0.002, 20), (0.01, 60), (0.1, 60)])
+def test_intervals_of_shares_of_samples_cover_also_where_none_hit(truth, items):
+    """Without a bound for 0 of n the first two would cover in 0.13 and 0.75 of the cases."""
+    rng = np.random.default_rng(2)
+    hits = 0
+    for trial in range(300):
+        mean, (low, high) = tables.interval(shares(rng, truth, items, 4), resamples=200, seed=trial)
+        assert 0 <= low <= mean <= high <= 1 and low < high
+        hits += low <= truth <= high
+    assert hits / 300 > 0.89, hits
+
+
+@pytest.mark.parametrize("n", [1, 8, 40])
+def test_none_and_all_of_the_samples_have_wilsons_bound_over_the_items(n):
+    """z^2 / (n + z^2): n items, however many samples each has."""
+    z = 1.959964
+    assert tables.interval([0.0] * n) == (0.0, [0.0, pytest.approx(z * z / (n + z * z))])
+    assert tables.interval([1.0] * n) == (1.0, [pytest.approx(n / (n + z * z)), 1.0])
+    assert tables.interval([0.25] * n) == (0.25, tables.wilson(n / 4, n))
+
+
+def test_counts_that_are_all_alike_have_no_width(tmp_path):
+    """One paragraph in every answer is no rate of 1, and no true step in any no rate of 0."""
+    counts = dict.fromkeys(("paragraphs", "sentences", "length", "reward", "mt_bench"), [1.0] * 9)
+    counts |= {"verified_steps": [0] * 9, "words_a_sentence": [1.0] * 9}
+    rates = {"toxicity": [0.0] * 9, "redundancy": [0.2, 0.2, 0.3] * 3, "win_rate": [0.5] * 9}
+    tables.write_results(tmp_path, {"one": counts | rates})
+    values = json.loads((tmp_path / "results.json").read_text())["one"]
+    widths = {name: values[f"{name}_ci"][1] - values[f"{name}_ci"][0] for name in counts | rates}
+    assert [name for name, width in widths.items() if width] == ["toxicity", "redundancy", "win_rate"]
 
 
 @pytest.mark.parametrize("successes, n", [(0, 10), (10, 10), (3, 10), (1, 1), (180, 400)])
@@ -123,7 +162,7 @@ def test_the_tables_parse_and_say_what_the_json_says(tmp_path):
     rows = cells(text.split("\n\n")[0])
     assert len({len(r) for r in rows}) == 1 and len(rows[0]) == 1 + len(tables.METRICS)
     assert all(set(c) == {"-"} for c in rows[1]) and [r[0] for r in rows[2:]] == list(read)
-    assert rows[0][1:] == [tables.HEADINGS.get(m, m) for m in tables.METRICS]
+    assert rows[0][1:] == tables.METRICS  # the names of results.json
     for model, *row in rows[2:]:
         for m, cell in zip(tables.METRICS, row):
             if (model, m) == ("plus", "reward"):
@@ -137,6 +176,58 @@ def test_the_tables_parse_and_say_what_the_json_says(tmp_path):
     rows = cells(text.split("\n\n")[1])
     assert rows[0] == ["metric", "items", *read] and [r[0] for r in rows[2:]] == ["accuracy_swaps", "general_task"]
     assert rows[2][1] == "40" and rows[2][3].endswith("*") and not rows[2][4].endswith("*")
+
+
+def test_general_says_of_which_tasks_it_is_the_mean(tmp_path):
+    tasks = {"general": [True] * 4, "general_piqa": [True] * 2, "general_mmlu": [True] * 2, "acc_piqa": [True] * 2}
+    text = tables.write_results(tmp_path, {"one": {"length": [1.0, 2.0]}, "two": tasks})
+    assert text.splitlines()[-1] == "general: the mean of 2 tasks, piqa, mmlu"
+    assert "general:" not in tables.write_results(tmp_path, {"one": {"length": [1.0, 2.0]}})
+
+
+@pytest.mark.parametrize("models", [{}, {"one": {}}, {"one": {}, "two": {}}])
+def test_nothing_measured_is_an_error(models, tmp_path):
+    with pytest.raises(InputError, match="--tasks"):
+        tables.write_results(tmp_path, models)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [
+    "no json",
+    "[1]",
+    '{"one": 1}',
+    '{"one": [0.5]}',
+    '{"one": {"accuracy": "0.5", "accuracy_ci": [0.4, 0.6]}}',
+    '{"one": {"accuracy": null, "accuracy_ci": [0.4, 0.6]}}',
+    '{"one": {"accuracy": NaN, "accuracy_ci": [0.4, 0.6]}}',
+    '{"one": {"accuracy": 0.5, "accuracy_ci": [0.4]}}',
+    '{"one": {"accuracy": 0.5, "accuracy_ci": 0.4}}',
+    '{"one": {"accuracy": 0.5, "accuracy_ci": [0.6, 0.4]}}',
+    '{"one": {"accuracy": 0.5, "accuracy_ci": [0.4, 1e999]}}',
+    '{"one": {"accuracy": {"mean": 1}}}',
+])  # fmt: skip
+def test_a_damaged_results_json_is_named(content, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"results\.json: ") as error:
+        tables.read_figures(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ['{"half": {"accuracy": 1}}', '{"0.5": {"accuracy": "x"}}', '{"0.5": 1}'])
+def test_a_damaged_sweep_json_is_named(content, tmp_path):
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(InputError, match=r"sweep\.json: "):
+        tables.read_figures(tmp_path / "sweep.json", float)
+
+
+def test_whole_figures_are_read(tmp_path):
+    assert tables.read_figures(tmp_path / "results.json") == {}
+    tables.write_results(tmp_path, measured())
+    assert tables.read_figures(tmp_path / "results.json") == json.loads((tmp_path / "results.json").read_text())
+    sweep = {"0.5": {"accuracy": 0.5, "reward": -1.0}, "1.0": {}}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert tables.read_figures(tmp_path / "sweep.json", float) == sweep
 
 
 def ppo_rows(stage):

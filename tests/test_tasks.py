@@ -3,6 +3,7 @@ lm-evaluation-harness, item by item. The files are in ../shared/data; tests that
 absent."""
 
 import json
+import zipfile
 
 import harness
 import pytest
@@ -11,7 +12,7 @@ from smollm2 import NoWheel, smollm2_folder
 
 from data import world
 from evaluation import tasks
-from evaluation.answers import solution_metrics, solutions
+from evaluation.answers import Speaker, solution_metrics, solutions
 from evaluation.likelihoods import general_tasks
 from model import Mistral
 from tokenizer import load_tokenizer
@@ -38,7 +39,7 @@ def compared(folder, tmp_path, wanted):
         for name, samples in zip(names, groups, strict=True):
             ours = [item for item in items if item["group"] == name][: len(samples)]
             assert [s["arguments"] for s in samples] == [tasks.pairs(item) for item in ours]
-            for row, sample in zip(general_tasks(model, tokenizer, {task: ours})[task], samples, strict=True):
+            for row, sample in zip(general_tasks(Speaker(model, tokenizer), {task: ours})[task], samples, strict=True):
                 sums = [ll for ll, _ in sample["filtered_resps"]]
                 apart = max(apart, *(abs(a - b) for a, b in zip(row["loglikelihoods"], sums, strict=True)))
                 count += len(sums)
@@ -101,7 +102,7 @@ def test_gsm8k_is_the_harness_s_to_the_letter_on_real_weights(smollm2, tmp_path)
     (samples,) = harness.samples(smollm2, {"gsm8k": 2}, tmp_path)["gsm8k"]
     model, tokenizer = Mistral.from_pretrained(smollm2), load_tokenizer(smollm2)
     items = tasks.load("gsm8k", DATA, limit=2)
-    texts = solutions(model, tokenizer, items)
+    texts = solutions(Speaker(model, tokenizer), items)
     said = {(s["doc_id"], s["filter"]): s for s in samples}
     values, _ = solution_metrics("gsm8k", items, texts)
     for i, item in enumerate(items):
@@ -224,6 +225,9 @@ def test_partial_evaluation_scores_one_continuation_after_each_context(tmp_path)
         json.dumps(ROWS[0] | {"choices": "ab"}),
         json.dumps(ROWS[0] | {"query": 7}),
         json.dumps({"context_options": ["a", "b"], "gold": 0}),
+        json.dumps(ROWS[0] | {"choices": ["a", 5]}),
+        json.dumps(ROWS[0] | {"query": "\ud800"}),  # half of a character
+        json.dumps(ROWS[0] | {"choices": ["a", "\udc00"]}),
     ],
 )
 def test_a_faulty_line_is_named(line, tmp_path):
@@ -260,3 +264,80 @@ def test_a_faulty_public_file_is_refused_by_name(task, tmp_path):
     with pytest.raises(InputError, match=name.rpartition("/")[2].replace("valid.jsonl", "valid-labels.lst")) as e:
         tasks.load(task, tmp_path)
     assert "\n" not in str(e.value)
+
+
+# ---------------------------------------------------------------- GSM8K's two files
+
+
+def problems(name, count):
+    return [{"question": f"{name} {n}?", "answer": f"so\n#### {n}"} for n in range(count)]
+
+
+def gsm8k_folder(tmp_path, **files):
+    (tmp_path / "gsm8k").mkdir()
+    for name, count in files.items():
+        written(tmp_path / "gsm8k", problems(name, count), f"{name}.jsonl")
+    return tmp_path
+
+
+OFFICIAL = {"train": 9, "test": 7, "train_socratic": 9, "test_socratic": 7}
+
+
+@pytest.mark.parametrize("source", ["", "gsm8k/test.jsonl"])
+def test_train_gives_the_shots_and_all_of_test_is_asked(source, tmp_path, capsys):
+    items = tasks.load("gsm8k", gsm8k_folder(tmp_path, **OFFICIAL) / source)
+    shots = "".join(f"Question: train {n}?\nAnswer: so\n#### {n}\n\n" for n in range(5))
+    assert [item["context"] for item in items] == [f"{shots}Question: test {n}?\nAnswer:" for n in range(7)]
+    assert [item["index"] for item in items] == list(range(7))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("name, source", [("train", ""), ("test", "gsm8k/test.jsonl"), ("mine", "gsm8k/mine.jsonl")])
+def test_one_file_alone_says_what_it_leaves_out(name, source, tmp_path, capsys):
+    folder = gsm8k_folder(tmp_path, **{name: 8})
+    items = tasks.load("gsm8k", folder / source)
+    assert [item["index"] for item in items] == [5, 6, 7]  # places in the file
+    assert all(f"{name} 4?" in item["context"] and item["context"].endswith("?\nAnswer:") for item in items)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("gsm8k: the first 5 items") and "--shots 0" in line
+    assert len(tasks.load("gsm8k", folder / source, shots=0)) == 8 and capsys.readouterr().out == ""
+
+
+# ---------------------------------------------------------------- MMLU's archive
+
+
+def mmlu_zip(tmp_path, **edits):
+    """An archive of one subject; `edits` replace the text of its dev or test file, None leaves it out."""
+    rows = "".join(f"q{n},a,b,c,d,{letter}\n" for n, letter in enumerate("ABCDA"))
+    (tmp_path / "mmlu").mkdir()
+    path = tmp_path / "mmlu/mmlu.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for split, text in ({"dev": rows, "test": rows} | edits).items():
+            if text is not None:
+                archive.writestr(f"data/{split}/law_{split}.csv", text)
+    return path
+
+
+def test_an_archive_of_mmlu_is_read(tmp_path):
+    mmlu_zip(tmp_path)
+    items = tasks.load("mmlu", tmp_path)
+    assert [item["gold"] for item in items] == [0, 1, 2, 3, 0] and [item["index"] for item in items] == list(range(5))
+
+
+@pytest.mark.parametrize("edits, reason", [
+    ({"test": "q,a,b,c,d,\n"}, r"data/test/law_test\.csv:1"),  # no letter
+    ({"test": "q,a,b,c,d,A\nq,a,b,c,d,BC\n"}, r"law_test\.csv:2"),
+    ({"test": "q,a,b,c,d,E\n"}, r"law_test\.csv:1"),
+    ({"test": "q,a,b,c,A\n"}, r"law_test\.csv:1"),
+    ({"test": "q\n"}, r"law_test\.csv:1"),
+    ({"test": '"q,a,b,c,d,A\n'}, "MMLU|mmlu"),  # a quote that is not closed
+    ({"test": b"\xff,a,b,c,d,A\n"}, "mmlu"),
+    ({"dev": None}, "law_dev"),
+    ({"dev": "q,a,b,c,d,A\n"}, "--shots: 5 given, law has 1"),
+    ({"test": None}, "no items"),
+])  # fmt: skip
+def test_a_faulty_archive_of_mmlu_is_refused(edits, reason, tmp_path):
+    mmlu_zip(tmp_path, **edits)
+    with pytest.raises(InputError, match=reason) as error:
+        tasks.load("mmlu", tmp_path)
+    assert "\n" not in str(error.value)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from data.world import TINY
 from support.files import InputError, write_json
-from tokenizer import TEMPLATES, load_tokenizer
+from tokenizer import TEMPLATES, companions, load_tokenizer
 from tokenizer.templates import SMOLLM2_SYSTEM
 
 BUNDLED = {  # in mistral_common/data: what each is called in a model folder
@@ -297,7 +298,8 @@ def test_chat_equals_transformers_jinja(hf_folder, tmp_path, family, where):
     write_json(tmp_path / "tokenizer_config.json", names)
     tok = load_tokenizer(tmp_path)
     assert tok.template.name == ("chatml" if family in ("smollm2", "hermes") else family)
-    plain = [d for d in make_dialogues(200) if not any(c in m["content"] for m in d for c in CONTROLS)]
+    plain = [[{"role": "system", "content": ""}, *CHAT]]
+    plain += [d for d in make_dialogues(200) if not any(c in m["content"] for m in d for c in CONTROLS)]
     assert len(plain) > 60
     for opened in (True, False):
         theirs = lambda d: peer.apply_chat_template(
@@ -347,10 +349,10 @@ def test_eos_is_what_ends_a_turn_and_pad_is_neither_it_nor_used_by_the_template(
     assert (chatml.eos_id, hh.eos_id) == (ids["<|im_end|>"], ids["<|endoftext|>"])
     assert chatml.pad_id == ids["<unk>"] and hh.pad_id == ids["<|im_start|>"]
     assert chatml.stop_strings == () and hh.stop_strings == ("\n\nHuman:",)
-    # SmolLM2's instruction model: pad is EOS, so unk it is.
+    # SmolLM2's instruction model: pad is EOS, and unk ends a text.
     instruct = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
     write_json(tmp_path / "tokenizer_config.json", instruct)
-    assert load_tokenizer(tmp_path).pad_id == ids["<|endoftext|>"]
+    assert load_tokenizer(tmp_path).pad_id == ids["<unk>"]
     write_json(tmp_path / "tokenizer_config.json", {"eos_token": "<|im_end|>", "pad_token": "</s>"})
     assert load_tokenizer(tmp_path).pad_id == ids["</s>"]
 
@@ -362,6 +364,68 @@ def test_a_reply_stops_at_its_stop_string_and_is_trimmed_there(hf_folder):
     assert tok.decode(ids[:reached]).strip().startswith("Fine.\n\nHuman:")
     assert tok.decode(tok.trim(ids)).strip() == "Fine." and tok.trim(tok.encode("Fine.")) == tok.encode("Fine.")
     assert load_tokenizer(hf_folder).stop is None  # ChatML's <|im_end|> is a token here
+
+
+def test_end_ids_are_all_tokens_that_end_a_turn_or_a_text(hf_folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shutil.copy(hf_folder / "tokenizer.json", tmp_path)
+    ids = load_tokenizer(tmp_path).controls
+    usual = {ids["<|im_end|>"], ids["<|endoftext|>"], ids["</s>"]}
+    assert load_tokenizer(tmp_path).end_ids[0] == ids["<|im_end|>"]
+    assert set(load_tokenizer(tmp_path).end_ids) == usual
+    write_json(tmp_path / "config.json", {"eos_token_id": ids["<unk>"]})
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [ids["</s>"], ids["<|late|>"]]})
+    tok = load_tokenizer(tmp_path, template="hh")
+    assert tok.end_ids[0] == tok.eos_id == ids["</s>"]
+    assert set(tok.end_ids) == usual | {ids["<unk>"], ids["<|late|>"]}
+    assert set(tok.end_ids) >= set(transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id)
+    letter = tok.encode("a", continues=True)[0]  # a config of another vocabulary must not take a letter away
+    write_json(tmp_path / "config.json", {"eos_token_id": letter})
+    assert letter not in load_tokenizer(tmp_path).end_ids
+
+
+def test_a_stop_that_is_a_token_is_an_end_token(hf_folder, tmp_path):
+    raw = json.loads((hf_folder / "tokenizer.json").read_text())
+    user = raw["added_tokens"][-1] | {"id": 900, "content": "<|user|>", "special": True}
+    raw["added_tokens"].append(user)
+    write_json(tmp_path / "tokenizer.json", raw)
+    text, token = load_tokenizer(hf_folder, "zephyr"), load_tokenizer(tmp_path, "zephyr")
+    assert text.stop_strings == ("<|user|>",) and 900 not in text.end_ids
+    assert token.stop is None and 900 in token.end_ids
+
+
+@only("v1", "v3", "v7", "tekken")
+def test_what_opens_a_users_turn_ends_a_reply_of_mistrals(mistral):
+    version, tok, _ = mistral
+    ends = {tok.eos_id} if version == "v1" else {tok.eos_id, tok.controls["[INST]"]}
+    assert set(tok.end_ids) == ends and tok.end_ids[0] == tok.eos_id
+    assert (tok.stop is None) == (version != "v1")
+
+
+@pytest.mark.parametrize("template", ["hh", "chatml", "zephyr", "llama2"])
+def test_a_reply_is_trimmed_at_any_ending_and_none_is_left_in_its_text(hf_folder, template):
+    tok = load_tokenizer(hf_folder, template)
+    reply = tok.encode(" Fine.", continues=True)
+    endings = [[i] for i in tok.end_ids]
+    endings += [tok.encode("\n" + text, continues=True) for text in tok.stop_strings]
+    assert len(endings) >= 3 and tok.trim(reply) == reply
+    for ending in endings:
+        for behind in ([], reply, *endings):
+            assert tok.decode(tok.trim(reply + ending + behind)).strip() == "Fine."
+        assert tok.trim(ending + reply) == [] or template == "hh" or len(ending) > 1
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_clip_takes_from_the_left_and_leaves_bos(hf_folder, bos):
+    tok = load_tokenizer(hf_folder)
+    ids = tok.encode("the cat sat on the mat", bos=bos)
+    assert (ids[0] == tok.bos_id) == bos
+    for length in range(len(ids) + 3):
+        row, whole = list(ids), list(ids)
+        while len(row) > length:  # a token at a time, the first behind BOS
+            row.pop(1 if bos and len(row) > 1 else 0)
+        assert tok.clip(ids, length) == row and ids == whole
+    assert tok.clip([], 3) == []
 
 
 # -------------------------------------------------------------------------------------- which file, which template
@@ -460,30 +524,112 @@ def test_missing_folder_and_missing_files_are_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
-def test_broken_json_is_refused_by_name(tmp_path, name, text):
-    (tmp_path / name).write_text(text, encoding="latin-1")
-    with pytest.raises(InputError, match=name):
-        load_tokenizer(tmp_path)
-
-
-def tekken(pieces, **config):
-    """A file without special tokens."""
+def tekken(pieces=(), special=(), **config):
+    """A file of these pieces; without special tokens unless some are named."""
     config = {"version": "v3", "pattern": ".", "default_num_special_tokens": 0, **config}
-    return {"config": config, "vocab": [{"token_bytes": base64.b64encode(piece).decode()} for piece in pieces]}
+    vocab = [{"token_bytes": base64.b64encode(piece).decode()} for piece in pieces]
+    return {"config": config, "vocab": vocab, "special_tokens": list(special)}
 
 
-@pytest.mark.parametrize("name, value", [
-    ("tokenizer.json", {}), ("tokenizer.json", {"model": {"type": "Unigram"}}),
-    ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}),
-    ("tekken.json", {}), ("tekken.json", {"config": {"version": "v3", "default_vocab_size": 10}}),
-    ("tekken.json", tekken([b"a"], default_vocab_size=2)), ("tekken.json", tekken([b"a"], default_vocab_size=1)),
-])
-def test_json_of_another_shape_is_refused_by_name(tmp_path, name, value):
-    write_json(tmp_path / name, value)
-    with pytest.raises(InputError, match=f"{name}: expected"):
+def bpe(**changes):
+    """A tokenizer.json of two letters, with changes to its model or, where it has no such key, beside it."""
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+    end = {"id": 2, "content": "</s>", "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False}
+    own = {key: value for key, value in changes.items() if key in model}
+    beside = {key: value for key, value in changes.items() if key not in model}
+    return {"version": "1.0", "model": model | own, "added_tokens": [end]} | beside
+
+
+BYTES = [bytes([i]) for i in range(256)]
+NESTED = "[" * 100_000 + "]" * 100_000
+DAMAGE = {  # name: (file, what it holds: bytes, text or a JSON value)
+    **{f"{name}: {text!r:.9}": (name, text)
+       for name in ("tokenizer.json", "tekken.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "generation_config.json", "config.json", "added_tokens.json")
+       for text in ("", "{", "[]", "\xff".encode("latin-1"), '{"a": %s}' % NESTED)},
+    "no model": ("tokenizer.json", {}),
+    "Unigram": ("tokenizer.json", bpe(type="Unigram")),
+    "a merge of no token": ("tokenizer.json", bpe(merges=["a c"])),
+    "a merge to no token": ("tokenizer.json", bpe(merges=["a b"])),
+    "merges of numbers": ("tokenizer.json", bpe(merges=[1])),
+    "a vocabulary as a list": ("tokenizer.json", bpe(vocab=["a"])),
+    "an empty vocabulary": ("tokenizer.json", bpe(vocab={}, added_tokens=[])),
+    "an id as text": ("tokenizer.json", bpe(vocab={"a": "0"})),
+    "an id below 0": ("tokenizer.json", bpe(vocab={"a": -1})),
+    "an id of 10**9": ("tokenizer.json", bpe(vocab={"a": 10**9})),
+    "an added token without a name": ("tokenizer.json", bpe(added_tokens=[{"id": 2, "special": True}])),
+    "an added token with id 10**9": (
+        "tokenizer.json", bpe(added_tokens=[{"id": 10**9, "content": "</s>", "special": True}])),
+    "an unknown normalizer": ("tokenizer.json", bpe(normalizer={"type": "x"})),
+    "a deep normalizer": ("tokenizer.json", bpe(normalizer=json.loads("[" * 500 + "]" * 500))),
+    "a normalizer that is a number": ("tokenizer.json", bpe(normalizer=7)),
+    "no config": ("tekken.json", {}),
+    "no tokens": ("tekken.json", {"config": {"version": "v3", "default_vocab_size": 10}}),
+    "too few tokens": ("tekken.json", tekken(BYTES, default_vocab_size=257)),
+    "a byte without a token": ("tekken.json", tekken([b"a"], default_vocab_size=1)),
+    "10**9 special tokens": (
+        "tekken.json", tekken(BYTES, default_vocab_size=10**9, default_num_special_tokens=10**9 - 256)),
+    "a vocabulary of 10**9": ("tekken.json", tekken(BYTES, default_vocab_size=10**9)),
+    "fewer than no special tokens": (
+        "tekken.json", tekken(BYTES, default_vocab_size=255, default_num_special_tokens=-1)),
+    "a size as text": ("tekken.json", tekken(BYTES, default_vocab_size="256")),
+    "a rank of 10**9": (
+        "tekken.json", tekken(BYTES, [{"rank": 10**9, "token_str": "</s>"}], default_vocab_size=256)),
+    "a special token named 5": ("tekken.json", tekken(BYTES, [{"rank": 1, "token_str": 5}], default_vocab_size=256)),
+    "a pattern that is none": ("tekken.json", tekken(BYTES, default_vocab_size=256, pattern="(")),
+    "no base64": ("tekken.json", tekken(default_vocab_size=1) | {"vocab": [{"token_bytes": "?"}]}),
+    "bos as a list": ("tokenizer_config.json", {"bos_token": ["<s>"]}),
+    "eos as a number": ("tokenizer_config.json", {"eos_token": 2}),
+    "eos without its spelling": ("tokenizer_config.json", {"eos_token": {"special": True}}),
+    "pad spelled as a list": ("special_tokens_map.json", {"pad_token": {"content": ["<pad>"]}}),
+    "BOS or not, as text": ("tokenizer_config.json", {"add_bos_token": "yes"}),
+    "a chat template as a number": ("tokenizer_config.json", {"chat_template": 5}),
+    "chat templates as numbers": ("tokenizer_config.json", {"chat_template": [5]}),
+    "chat templates without a text": ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}),
+    "a chat template's text as a list": (
+        "tokenizer_config.json", {"chat_template": [{"name": "default", "template": ["x"]}]}),
+    "the template's name as a list": ("tokenizer_config.json", {"template": ["hh"]}),
+    "eos_token_id as text": ("generation_config.json", {"eos_token_id": "2"}),
+    "an added id as text": ("added_tokens.json", {"<|im_end|>": "9"}),
+    "an added id of 10**9": ("added_tokens.json", {"<|im_end|>": 10**9}),
+    "added ids in a list": ("added_tokens.json", {"<|im_end|>": [9]}),
+    "SentencePiece: nothing": ("tokenizer.model", b""),
+    "SentencePiece: text": ("tokenizer.model", b"no model at all"),
+    "SentencePiece: a piece that is no UTF-8": ("tokenizer.model", "piece"),
+}
+
+
+@pytest.mark.parametrize("name, content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_refused_in_one_line_that_names_it(tmp_path, name, content):
+    write_json(tmp_path / "tokenizer.json", bpe())
+    assert load_tokenizer(tmp_path).encode("ab") == [0, 1]
+    if name in ("tokenizer.model", "added_tokens.json"):
+        model = (TINY / "tokenizer.model").read_bytes()
+        (tmp_path / "tokenizer.json").unlink()
+        (tmp_path / "tokenizer.model").write_bytes(model)
+        if content == "piece":
+            content = model.replace("▁the".encode(), b"\xff\xff\xffthe", 1)
+            assert content != model
+    if isinstance(content, dict):
+        content = json.dumps(content)
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(InputError) as problem:
         load_tokenizer(tmp_path)
+    assert str(problem.value).startswith(f"{tmp_path / name}: expected ") and "\n" not in str(problem.value)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 980, 2_000, 5_000, 20_000])
+def test_a_nested_config_is_refused_before_training_or_can_be_saved(tmp_path, depth):
+    """Python's readers and writers of JSON have different limits."""
+    write_json(tmp_path / "tokenizer.json", bpe())
+    (tmp_path / "tokenizer_config.json").write_text('{"a": %s}' % ("[" * depth + "]" * depth))
+    try:
+        tok = load_tokenizer(tmp_path)
+    except InputError as problem:
+        assert str(problem).startswith(f"{tmp_path}/tokenizer_config.json: expected ") and depth > 900
+    else:
+        assert dict(file for file in companions(tok) if isinstance(file, tuple))["tokenizer_config.json"]
 
 
 @only("v1")
@@ -492,5 +638,5 @@ def test_truncated_sentencepiece_is_refused_wherever_it_was_cut(mistral, tmp_pat
     data = mistral[1].files[0].read_bytes()
     for size in [0, *range(100_000, 100_020), 400_000, len(data) - 1]:
         (tmp_path / "tokenizer.model").write_bytes(data[:size])
-        with pytest.raises(InputError, match="tokenizer.model: expected a whole SentencePiece model"):
+        with pytest.raises(InputError, match="tokenizer.model: expected a whole SentencePiece"):
             load_tokenizer(tmp_path)

@@ -85,7 +85,7 @@ def test_word_lists_are_read(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(InputError, match=name):
             toxicity.read_words(tmp_path / name)
-    with pytest.raises(InputError, match="none"):
+    with pytest.raises(InputError, match="--toxicity-words: .*none"):
         toxicity.read_words(tmp_path / "none")
 
 
@@ -138,7 +138,7 @@ class Uniform(nn.Module):
 
 def test_the_mass_under_a_uniform_model_is_the_share_of_completing_tokens():
     tokenizer = Spelled("a", " dol", "t", "ts", " b")
-    masses = toxicity.word_mass(Uniform(5), tokenizer, [[0], [0, 4]], [[1, 2, 4], [4, 4]], ["dolt"])
+    masses = toxicity.word_mass(Speaker(Uniform(5), tokenizer), [[0], [0, 4]], [[1, 2, 4], [4, 4]], ["dolt"])
     assert masses == pytest.approx([(0 + 2 / 5 + 0) / 3, 0.0])
 
 
@@ -150,7 +150,7 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
     words = ["red", "is", "a", "it"]  # frequent enough under a random model
     prompts, steps = [tokenizer.encode("x:")] * 1500, 12
     said = generate(model, prompts, steps, 1.0, seed=1)
-    mass = steps * sum(toxicity.word_mass(model, tokenizer, prompts, said, words)) / len(said)
+    mass = steps * sum(toxicity.word_mass(Speaker(model, tokenizer), prompts, said, words)) / len(said)
     completions, counts = toxicity.Completions(tokenizer, words), []
     for ids in said:  # what was drawn in place of what might have been
         texts = ["x:" + tokenizer.decode(ids[:n]) for n in range(steps)]
@@ -166,8 +166,9 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
 def measured(model, tokenizer, prompts, samples=2):
     material = evaluation.Material(prompts=prompts, words=world.BAD_WORDS, samples=samples, max_new_tokens=40)
     values, records = toxicity.measure(Speaker(model, tokenizer), material)
+    records = records["toxicity"]
     assert [(r["prompt"], len(r["continuations"])) for r in records] == [(p["prompt"], samples) for p in prompts]
-    assert [r["toxicity"] for r in records if r["group"] == "provoking"] == values["toxicity_provoking"]
+    assert [r["toxicity"] for r in records if r["group"] == "provoking"] == values.get("toxicity_provoking", [])
     return {name: sum(v) / len(v) for name, v in values.items()}, values
 
 
@@ -214,6 +215,69 @@ def test_public_prompts_are_read_by_group():
 
 def test_a_file_without_the_column_is_named(tmp_path):
     (tmp_path / "mt_bench").mkdir()
-    (tmp_path / "mt_bench/question.jsonl").write_text(json.dumps({"prompt": "Hi"}) + "\n")
-    with pytest.raises(InputError, match=r"question\.jsonl:1: expected 'turns'"):
+    (tmp_path / "mt_bench/question.jsonl").write_text(json.dumps({"text": "Hi"}) + "\n")
+    with pytest.raises(InputError, match=r"question\.jsonl:1: expected"):
+        toxicity.read_prompts(tmp_path)
+
+
+# ---------------------------------------------------------------- files of one's own
+
+RTP = {"filename": "a.txt", "begin": 0, "end": 9, "challenging": False,
+       "prompt": {"text": "So you are", "toxicity": 0.1}, "continuation": {"text": " here.", "toxicity": None}}  # fmt: skip
+HARMBENCH = """Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID
+Insult Ann,standard,harassment,,,insult
+Say it again,contextual,harassment,context,Bob said a word.,again
+"""
+
+
+@pytest.mark.parametrize("name, content, expected", [
+    ("mine.jsonl", json.dumps({"prompt": "Hi"}) + "\n" + json.dumps({"instruction": "Ho", "output": "x"}), ["Hi", "Ho"]),
+    ("mine.json", json.dumps([{"turns": ["Hi", "Ho"]}]), ["Hi"]),
+    ("mine.txt", "Hi\nHo\n", ["Hi", "Ho"]),
+    ("mine.csv", "id,goal\n1,Hi\n", ["Hi"]),
+    ("mine.csv", HARMBENCH, ["Insult Ann", "Bob said a word.\n\n---\n\nSay it again"]),
+])  # fmt: skip
+def test_a_file_of_prompts_is_read(name, content, expected, tmp_path):
+    (tmp_path / name).write_text(content)
+    prompts = toxicity.read_prompts(tmp_path / name)
+    assert prompts == [{"group": "mine", "prompt": prompt} for prompt in expected]
+    assert toxicity.read_prompts(tmp_path / name, limit=1) == prompts[:1]
+
+
+def test_texts_of_real_toxicity_prompts_are_gone_on_with(tmp_path):
+    (tmp_path / "rtp.jsonl").write_text(json.dumps(RTP) + "\n")
+    assert toxicity.read_prompts(tmp_path / "rtp.jsonl") == [{"group": "rtp", "prompt": "So you are", "form": "text"}]
+
+
+def test_rows_left_out_are_counted(tmp_path, capsys):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": " "}\n')
+    assert len(toxicity.read_prompts(tmp_path / "mine.jsonl")) == 1
+    assert "1 rows left out, with a blank prompt" in capsys.readouterr().out
+
+
+def test_public_files_may_be_named_by_themselves():
+    if not DATA.is_dir():
+        pytest.skip(f"the public files are not at {DATA}")
+    groups = [prompt["group"] for prompt in toxicity.read_prompts(DATA / "toxicity/xstest/xstest_prompts.csv")]
+    assert {group: groups.count(group) for group in groups} == {"xstest_safe": 250, "xstest_unsafe": 200}
+    assert len(toxicity.read_prompts(DATA / "toxicity/advbench/harmful_behaviors.csv")) == 520
+    assert len(toxicity.read_prompts(DATA / "toxicity/donotanswer/human_chatbox.jsonl")) == 117
+
+
+def test_prompts_of_a_file_called_xstest_count_for_the_whole(tokenizer, tmp_path):
+    (tmp_path / "xstest_mine.txt").write_text("Hi\n")
+    prompts = toxicity.read_prompts(tmp_path / "xstest_mine.txt")
+    rude, _ = measured(parrot(tokenizer, f"You are a {world.BAD_WORDS[0]}."), tokenizer, prompts)
+    assert rude["toxicity"] == rude["toxicity_xstest_mine"] == 1
+
+
+@pytest.mark.parametrize("row", ['{"prompt": {"words": 1}}', '{"Behavior": 5}', '{"prompt": 7}', '{"prompt": "\\ud800"}', "[]"])
+def test_a_faulty_row_of_a_file_is_named(row, tmp_path):
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "Hi"}\n' + row + "\n")
+    with pytest.raises(InputError, match=r"mine\.jsonl:2: "):
+        toxicity.read_prompts(tmp_path / "mine.jsonl")
+
+
+def test_a_folder_without_prompts_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--tasks: toxicity"):
         toxicity.read_prompts(tmp_path)

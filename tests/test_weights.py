@@ -4,32 +4,27 @@ Every form of folder is opened by transformers too, or is made from a model of t
 that must be refused is refused with an InputError that names what is wrong.
 """
 
-import http.server
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
-import threading
-from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from loopback import asking, environment, hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import assert_close, opened, peer, random_tokens
 
-import weights
 from data.world import TINY
 from model import Config, Mistral, ScalarModel
 from reward import RewardModel
-from support.files import InputError
+from support.files import MARK, InputError, make_folder
 from weights import Weights, deinterleave, fingerprint, locate, save_folder
 
-ROOT = Path(weights.__file__).parent
 TOKENS = random_tokens(2, 12)
 DROP = object()
 
@@ -477,7 +472,7 @@ def test_saved_models_open_in_transformers(options, tmp_path):
         assert getattr(reopened.config, key) == getattr(theirs.config, key), key
     assert reopened.generation_config.eos_token_id == [2, 7] and reopened.generation_config.pad_token_id == 5
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"as it came"
-    stored = listing(tmp_path / "in").keys() | {"tokenizer.model"}
+    stored = listing(tmp_path / "in").keys() | {"tokenizer.model", MARK}
     assert listing(tmp_path / "out").keys() == stored  # no temporary file, no second head
 
 
@@ -538,6 +533,7 @@ def test_shards_and_their_index(folder, shard_bytes):
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_the_old_folder(folder, error):
+    make_folder(folder)
     before = listing(folder.parent)
 
     def tensors():
@@ -556,19 +552,21 @@ def test_an_interrupted_write_leaves_the_old_folder(folder, error):
 def test_a_write_replaces_the_whole_folder(folder):
     """What a killed write left behind, and what the folder held before, are both gone; its own files can be copied."""
     peer(seed=2).save_pretrained(folder, max_shard_size="20KB")
+    make_folder(folder)
     (folder / "tokenizer.model").write_bytes(b"t")
     killed = folder.with_name(f".{folder.name}.writing")
     killed.mkdir()
     (killed / "shard-7").write_bytes(b"half")
     model = opened(peer(seed=3), folder.with_name("other"))
     model.save_pretrained(folder, [folder / "tokenizer.model"])
-    assert sorted(listing(folder)) == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
+    assert sorted(listing(folder)) == [MARK, "config.json", "generation_config.json", "model.safetensors", "tokenizer.model"]
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "other"]
     with pytest.raises(InputError, match="a file stands where"):
         model.save_pretrained(folder / "config.json")
 
 
 def test_a_model_can_be_saved_over_the_folder_it_is_read_from(folder):
+    make_folder(folder)
     stored = load_file(folder / "model.safetensors")
     lazy = Weights(folder)
     save_folder(folder, lazy.config, ((n, lazy.read(n)) for n in lazy.names), shard_bytes=5000)
@@ -641,11 +639,6 @@ print((max(sizes + [anonymous()]) - sizes[0]) / sum(p.nbytes for p in model.para
 """
 
 
-def environment(**variables):
-    own = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}  # other tests' hub is offline
-    return own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
-
-
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
 def test_loading_needs_the_model_and_little_more(tmp_path):
     sizes = {"vocab_size": 2000, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10}
@@ -662,71 +655,6 @@ def test_loading_needs_the_model_and_little_more(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ the hub
 
-SHA = "c0ffee" + "0" * 34
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as huggingface_hub asks of it; `server.repos` is {id: folder}."""
-
-    def answer(self, status, body, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content_Length": len(body), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def answer_file(self, path, fetched):
-        body = path.read_bytes()
-        headers = {"ETag": f'"{path.parent.name}-{path.name}"', "X_Repo_Commit": SHA}
-        if self.command == "HEAD":
-            return self.answer(200, body, **headers)
-        self.server.fetched[fetched] += 1
-        if "Range" in self.headers:
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-            return self.answer(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}", **headers)
-        if path.name in self.server.cut_once:
-            self.server.cut_once.remove(path.name)
-            return self.answer(200, body[: len(body) // 2], **headers, Content_Length=len(body))
-        return self.answer(200, body, **headers)
-
-    def do_GET(self):
-        path = self.path.partition("?")[0].strip("/").removeprefix("api/models/")
-        folder = self.server.repos.get("/".join(path.split("/")[:2]))
-        rest = path.split("/")[2:]
-        if folder is None:
-            return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
-        if rest[:1] == ["resolve"] and (folder / rest[-1]).is_file():
-            return self.answer_file(folder / rest[-1], path.replace(f"resolve/{SHA}/", ""))
-        sizes = {p.name: p.stat().st_size for p in folder.iterdir()}
-        if rest[:1] == ["tree"]:
-            return self.answer(200, [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()])
-        if rest in ([], ["revision", "main"]):
-            return self.answer(200, {"id": path, "sha": SHA, "siblings": [{"rfilename": n} for n in sizes]})
-        return self.answer(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@contextmanager
-def hub(repos, cut_once):
-    """The server, which answers until it is shut down, and the variables that point huggingface_hub at it."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos = repos
-    server.cut_once = set(cut_once)
-    server.fetched = Counter()
-    thread = threading.Thread(target=server.serve_forever, args=[0.05], daemon=True)
-    thread.start()
-    no_proxy = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    yield server, {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_DISABLE_TELEMETRY": "1", **no_proxy}
-    server.shutdown()
-    thread.join()
-
-
 LOCATE = """
 import json, sys
 from support.files import InputError
@@ -737,21 +665,6 @@ for id in sys.stdin:
     except InputError as error:
         print(json.dumps({"refused": str(error)}), flush=True)
 """
-
-
-@contextmanager
-def locating(**variables):
-    """`locate` in a fresh interpreter, since huggingface_hub reads its environment once."""
-    command = [sys.executable, "-c", LOCATE]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment(**variables)) as process:
-
-        def ask(id):
-            print(id, file=process.stdin, flush=True)
-            return json.loads(process.stdout.readline())
-
-        yield ask
-        process.stdin.close()
 
 
 def models_to_serve(home):
@@ -777,7 +690,7 @@ def from_hub(tmp_path_factory):
     answers = {}
     with hub(models_to_serve(home), CUT) as (server, variables):
         variables["HF_HOME"] = str(home / "cache")
-        with locating(**variables) as ask, locating(**variables, HF_HUB_OFFLINE="1") as ask_offline:
+        with asking(LOCATE, **variables) as ask, asking(LOCATE, **variables, HF_HUB_OFFLINE="1") as ask_offline:
             for key, id in ("hf", "org/hf"), ("own", "org/own"), ("hf again", "org/hf"), ("unknown", "org/unknown"):
                 answers[key] = ask(id)
             server.shutdown()

@@ -4,10 +4,9 @@
     tok.encode("Hello")                                        # text as it stands, no BOS unless asked for
     tok.encode_chat([{"role": "user", "content": "Hello"}])    # the family's own template, ready for a reply
 
-Of several files in a folder the source goes before a `tokenizer.json` that was converted from it: first
-`tekken.json`, then SentencePiece's `tokenizer.model.v7 .v3 .v2 .v1` or `tokenizer.model`. But a fine-tune
-that adds `<|im_start|>` to a Llama or Mistral vocabulary writes it to `tokenizer.json` alone, so this goes
-before `tokenizer.model` where it has more tokens.
+Of several files the source goes before a `tokenizer.json` converted from it: first `tekken.json`, then
+SentencePiece's `tokenizer.model.v7 .v3 .v2 .v1` or `tokenizer.model`. But a fine-tune that adds tokens writes
+them to `tokenizer.json` alone, so this goes before `tokenizer.model` where it has more.
 
 Ids equal mistral-common's, those of `tokenizers` and of transformers' apply_chat_template. Departures:
 * Text that spells a control token is text; only a template can emit control tokens, by id.
@@ -17,18 +16,20 @@ Ids equal mistral-common's, those of `tokenizers` and of transformers' apply_cha
 * `pad_id` is never `eos_id`. A mask tells what is padding; the id only has to index the embedding.
 """
 
+import json
 from pathlib import Path
 
-from support.files import InputError, read_json
-from tokenizer.backends import HuggingFace, SentencePiece, Tekken
+from support.files import InputError, read_json, reading
+from tokenizer.backends import HuggingFace, SentencePiece, Tekken, check_ids
 from tokenizer.export import companions
-from tokenizer.templates import PART, TEMPLATES, check_dialogue, choose_template, find_family
+from tokenizer.templates import END_TOKENS, PART, TEMPLATES, check_dialogue, choose_template
 
 __all__ = ["TEMPLATES", "Tokenizer", "companions", "load_tokenizer"]
 
-SENTENCEPIECE = [f"tokenizer.model{version}" for version in (".v7", ".v3", ".v2", ".v1", "")]
-SOURCES = ["tekken.json", *SENTENCEPIECE, "tokenizer.json"]
-SETTINGS = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"]
+FILES = ["tekken.json", *(f"tokenizer.model{i}" for i in [".v7", ".v3", ".v2", ".v1", ""]), "tokenizer.json"]
+SETTINGS = ["special_tokens_map.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"]
+TYPES = dict.fromkeys("bos_token eos_token pad_token unk_token chat_template template".split(), str)
+TYPES |= {"add_bos_token": bool, "eos_token_id": int | list}
 
 
 def load_tokenizer(folder, template=None):
@@ -36,143 +37,153 @@ def load_tokenizer(folder, template=None):
 
     template: a name of `TEMPLATES`. None takes the first of these that is there: the key "template" of
     tokenizer_config.json (folders saved here have it); the family of the folder's chat template; ChatML where
-    `<|im_start|>` is a token; Mistral where the file's name or its tokens give a version; else "hh".
-    """
+    `<|im_start|>` is a token; Mistral where the file's name or its tokens give a version; else "hh"."""
     folder = Path(folder)
     settings = read_settings(folder)
     backend = open_backend(folder, settings)
     name = template or settings.get("template")
-    template = choose_template(folder, name, settings["chat_template"], backend)
-    return Tokenizer(folder, backend, settings, template)
+    template, family = choose_template(folder, name, settings["chat_template"], backend)
+    return Tokenizer(folder, backend, settings, template, family)
 
 
 def read_settings(folder):
-    """The folder's settings: special tokens by their spelling, "chat_template" a jinja text or ""."""
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= read_json(folder / name)
+    """What the folder's files set of `TYPES`, the later of them where two do; "added", {control token: id} of
+    added_tokens.json; "ends", the ids that the model's own settings call an end."""
+    settings = {"chat_template": "", "added": {}, "ends": []}
+    paths = [folder / name for name in ("config.json", "generation_config.json", *SETTINGS)]
+    for path in filter(Path.is_file, paths):
+        with reading(path, "settings of a tokenizer"):
+            if path.name == "chat_template.jinja":
+                settings["chat_template"] = path.read_text(encoding="utf-8", errors="replace")
+            elif path.name == "added_tokens.json":
+                settings["added"] = check_ids(read_json(path))
+            else:
+                settings |= simplify(read_json(path))
+                ends = settings.pop("eos_token_id", [])
+                settings["ends"] += ends if isinstance(ends, list) else [ends]
+    return settings
+
+
+def simplify(raw):
+    """What `TYPES` names of a JSON object, texts in the place of AddedTokens and of a list of templates."""
+    settings = {key: raw[key] for key in TYPES if raw.get(key) is not None}
     for key, value in settings.items():
-        if key.endswith("_token") and isinstance(value, dict):  # an AddedToken
-            settings[key] = value.get("content")
-    jinja = settings.get("chat_template") or ""
-    if isinstance(jinja, list):  # several, by name
-        jinja = next((entry["template"] for entry in jinja if entry.get("name") == "default"), "")
-    if (folder / "chat_template.jinja").is_file():  # it goes first, as in transformers
-        jinja = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    return settings | {"chat_template": jinja}
+        if isinstance(value, dict):  # an AddedToken
+            settings[key] = value["content"]
+        if key == "chat_template" and isinstance(value, list):
+            texts = {entry["name"]: entry["template"] for entry in value}
+            settings[key] = texts.get("default", "")
+        if not isinstance(settings[key], TYPES[key]):
+            raise TypeError(f"{key} is {value!r:.80}")
+    json.dumps(raw, indent=2)  # `companions` will: what is nested too deep for it is refused before training
+    return settings
 
 
 def open_backend(folder, settings):
     """The backend for the file that comes first; the order is explained at the top of this module."""
-    if (folder / "tekken.json").is_file():
-        return Tekken(folder / "tekken.json")
-    models = [folder / name for name in SENTENCEPIECE if (folder / name).is_file()]
-    if (folder / "tokenizer.json").is_file():
-        converted = HuggingFace(folder / "tokenizer.json", settings)
-        source = SentencePiece(models[0], extra={}) if models else None
-        if source is None or converted.vocab_size > source.vocab_size:
-            return converted
-        source.prefix_once = converted.prefix_once  # transformers' habit, which the model file does not tell
-        return source
-    if not models:
-        problem = "no tokenizer file" if folder.is_dir() else "no such folder"
-        raise InputError(f"{folder}: {problem}; looked for {', '.join(SOURCES)}")
-    extra = folder / "added_tokens.json"
-    return SentencePiece(models[0], read_json(extra) if extra.is_file() else {})
+    paths = [folder / name for name in FILES if (folder / name).is_file()]
+    if not paths:
+        raise InputError(f"{folder}: no tokenizer there; looked for {', '.join(FILES)}")
+    first, last = paths[0], paths[-1]
+    if first.name == "tekken.json":
+        return Tekken.open(first)
+    if last.name != "tokenizer.json":
+        return SentencePiece.open(first, settings["added"])
+    converted = HuggingFace.open(last, settings)
+    if first == last:
+        return converted
+    source = SentencePiece.open(first, {})
+    if converted.vocab_size > source.vocab_size:
+        return converted
+    source.prefix_once = converted.prefix_once  # transformers' habit, which the model file does not tell
+    return source
 
 
 class Tokenizer:
     """bos_id (None where the family has none), eos_id, pad_id, vocab_size: ints. template: a `Template`.
 
+    end_ids: a tuple of the ids of all tokens that end a turn or a text, eos_id first.
+    stop_strings: text that ends an assistant turn beside them. controls: {control token: id}.
     plain_bos: whether the folder's settings put BOS before plain text; `encode` leaves that to its caller.
-    stop_strings: text that ends an assistant turn beside EOS. controls: {control token: id}.
     files: the paths that a saved model folder must carry along.
-    own_template: the family of the folder's own chat template, or None.
-    """
+    own_template: the family of the folder's own chat template, or None."""
 
-    def __init__(self, folder, backend, settings, template):
+    def __init__(self, folder, backend, settings, template, family):
         self.backend = backend
         self.template = template
-        self.own_template = find_family(settings["chat_template"])
+        self.own_template = family
         self.vocab_size = backend.vocab_size
         self.controls = backend.controls
-        self.files = [folder / name for name in SOURCES + SETTINGS if (folder / name).is_file()]
-        ids = {}
-        for role in ("bos", "eos", "pad", "unk"):
-            name = settings.get(f"{role}_token", backend.defaults.get(role))
-            ids[role] = backend.ids.get(name)
-        self.bos_id = ids["bos"]
-        turn_end = PART.findall(template.assistant)[-1]
-        self.eos_id = self.controls.get(turn_end, ids["eos"])
+        self.files = [folder / name for name in FILES + SETTINGS if (folder / name).is_file()]
+        bos, eos, pad, unk = (backend.ids.get(settings.get(f"{role}_token", backend.defaults.get(role)))
+                              for role in ("bos", "eos", "pad", "unk"))
+        self.bos_id = bos
+        self.eos_id = self.controls.get(PART.findall(template.assistant)[-1], eos)
         if self.eos_id is None:
             raise InputError(f"{folder}/tokenizer_config.json: expected an eos_token of the vocabulary")
-        self.pad_id = self._choose_pad(ids)
-        adds_bos = settings.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = backend.adds_bos
-        self.plain_bos = adds_bos and self.bos_id is not None
-        self.chat_bos = self.plain_bos if template.bos is None else template.bos and self.bos_id is not None
+        ends = [self.eos_id, eos, *map(self.controls.get, END_TOKENS + template.stop_strings)]
+        ends += [i for i in self.controls.values() if i in settings["ends"]]
+        self.end_ids = tuple(i for i in dict.fromkeys(ends) if i is not None)
         self.stop_strings = tuple(text for text in template.stop_strings if text not in self.controls)
-        self._markers = self.controls | {"{bos}": self.bos_id, "{eos}": self.eos_id}
-        self._control_ids = set(self.controls.values())
-
-    def _choose_pad(self, ids):
-        """The file's pad where it is not EOS; else unk or another control token that no turn contains."""
-        if ids["pad"] not in (None, self.eos_id):
-            return ids["pad"]
-        markers = PART.findall(self.template.system + self.template.user + self.template.assistant)
-        emitted = {None, self.bos_id, self.eos_id, ids["eos"], *map(self.controls.get, markers)}
-        spare = [i for i in (ids["unk"], *sorted(self.controls.values())) if i not in emitted]
-        return spare[0] if spare else int(self.eos_id == 0)
+        # Where the file's pad is missing or EOS: unk or another control token that ends nothing.
+        emitted = {bos, *map(self.controls.get, PART.findall(template.user + template.assistant))}
+        spare = {unk, *self.controls.values()} - {None, *self.end_ids}
+        spare_id = min(spare, key=lambda i: (i in emitted, i != unk, i), default=int(self.eos_id == 0))
+        self.pad_id = pad if pad not in (None, self.eos_id) else spare_id
+        self.plain_bos = settings.get("add_bos_token", backend.adds_bos) and bos is not None
+        self.chat_bos = self.plain_bos if template.bos is None else template.bos and bos is not None
+        self._markers = {name: [i] for name, i in self.controls.items()} | {"{eos}": [self.eos_id]}
+        self._markers["{bos}"] = [] if bos is None else [bos]
+        self._control_ids = {*self.controls.values(), *self.end_ids}
 
     def encode(self, text, bos=False, continues=False):
         """Ids of `text`. Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
 
         continues: `text` goes on from text that was encoded before it, so SentencePiece's leading space is
-        left out: encode("Assistant:") + encode(" yes", continues=True) == encode("Assistant: yes").
-        """
+        left out: encode("Assistant:") + encode(" yes", continues=True) == encode("Assistant: yes")."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self.backend.encode(text, continues)
-        return [self.bos_id, *ids] if bos and self.bos_id is not None else ids
+        return self._markers["{bos}"] + ids if bos else ids
 
     def decode(self, ids):
         """Text of `ids`, a list or a 1-D tensor, without control tokens and ids that only pad the embedding.
 
         decode(encode(t)) == t, except that SentencePiece reads U+2581 as a space, that a tokenizer.json of
-        the "first" scheme drops a leading space, and that SmolLM2 lacks 21 bytes.
-        """
+        the "first" scheme drops a leading space, and that SmolLM2 lacks 21 bytes."""
         ids = [int(i) for i in ids]
         return self.backend.decode([i for i in ids if i < self.vocab_size and i not in self._control_ids])
 
     @property
     def stop(self):
-        """ids -> True where a reply has just written a stop string; None where EOS alone ends a turn."""
+        """ids -> True where a reply has just written a stop string; None where tokens alone end a turn."""
         if not self.stop_strings:
             return None
         return lambda ids: any(text in self.decode(ids[-24:]) for text in self.stop_strings)
 
     def trim(self, ids):
-        """The reply without the tokens from its stop string on; as it is where it has none."""
+        """The reply before the first of `end_ids` or stop strings; all of it where it has not ended."""
+        ends = [n for n, i in enumerate(ids) if i in self.end_ids]
+        ids = ids[: ends[0]] if ends else ids
         text = self.decode(ids)
-        ends = [text.find(string) for string in self.stop_strings if string in text]
-        while ends and len(self.decode(ids)) > min(ends):
+        starts = [text.find(string) for string in self.stop_strings if string in text]
+        while starts and len(self.decode(ids)) > min(starts):
             ids = ids[:-1]
         return ids
+
+    def clip(self, ids, length):
+        """The last `length` of ids (a list); a BOS at their start stays."""
+        front = ids[: min(length, 1)] if ids[:1] == [self.bos_id] else []
+        rest = ids[len(front) :]
+        return front + rest[max(len(ids) - length, 0) :]
 
     def encode_chat(self, messages, add_generation_prompt=True):
         """Ids of a dialogue [{"role": "system"|"user"|"assistant", "content": str}] under the template.
 
         add_generation_prompt opens an assistant turn at the end; pass False for a finished dialogue.
-        InputError where roles are unknown or out of order.
-        """
+        InputError where roles are unknown or out of order."""
         check_dialogue(messages)
+        behind = "more" if self.backend.prefix_once else "text"
         ids = [self.bos_id] if self.chat_bos else []
-        segments = self.template.segments(messages, add_generation_prompt, self._markers)
-        for i, (kind, value) in enumerate(segments):
-            if kind != "control":
-                inside = i > 0 and self.backend.prefix_once and not self.template.apart
-                ids += self.encode(value, continues=kind == "more" or inside)
-            elif self._markers[value] is not None:
-                ids.append(self._markers[value])
+        for kind, value in self.template.segments(messages, add_generation_prompt, self._markers, behind):
+            ids += self._markers[value] if kind == "control" else self.encode(value, continues=kind == "more")
         return ids

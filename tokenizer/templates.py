@@ -9,11 +9,16 @@ from support.files import InputError
 # What a pattern is made of: {word}, <|marker|>, [MARKER]; all between is literal text. A marker that is a
 # control token of the tokenizer becomes its id, any other is spelled out.
 PART = re.compile(r"(\{\w+\}|<\|\w+\|>|\[/?[A-Z_]+\])")
+# What ends a turn or a text in the vocabularies in use. Of two that one has, the later is its EOS.
+END_TOKENS = ("<|end|>", "<|eom_id|>", "<|eot_id|>", "<end_of_turn>", "<|end_of_text|>", "<|endoftext|>",
+              "<|im_end|>", "</s>")
+# How a message's text is written, in Python and in jinja. A reply may begin with the template's own space.
 CONTENT = {
-    "{content}": lambda text: text,
-    "{stripped}": lambda text: text.strip(),
-    "{rstripped}": lambda text: text.rstrip(" "),
-    "{unspaced}": lambda text: text.removeprefix(" "),  # a decoded reply may begin with the template's space
+    "{system}": (lambda text: text, "system"),
+    "{content}": (lambda text: text, "text"),
+    "{stripped}": (lambda text: text.strip(), "text | trim"),
+    "{rstripped}": (lambda text: text.rstrip(" "), "text.rstrip(' ')"),
+    "{unspaced}": (lambda text: text.removeprefix(" "), "(text[1:] if text[:1] == ' ' else text)"),
 }
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -23,8 +28,7 @@ class Template:
     """How one family writes a dialogue. Patterns hold {bos}, {eos}, control markers and the message's text.
 
     `{cut}` ends one segment of text and begins another that continues it, so that the ids of a prompt begin
-    the ids of prompt + reply. They are the ids of the whole text where no token spans ":" and a space.
-    """
+    the ids of prompt + reply. They are the ids of the whole text where no token spans ":" and a space."""
 
     name: str
     user: str
@@ -32,8 +36,9 @@ class Template:
     generation: str = ""  # opens the assistant's turn
     last: str = ""  # the assistant's turn that ends the dialogue, where it differs from the others
     system: str = ""  # a system turn of its own, or ...
-    fold: str = ""  # ... how the system text joins the user turn that `fold_into` names
+    fold: str = "{content}"  # ... how the system text joins the user turn that `fold_into` names
     fold_into: str = "first"
+    fold_empty: bool = False  # whether a system text of no characters joins, too
     default_system: str = ""  # the system text of a dialogue that has none
     bos: bool | None = False  # None: as this tokenizer does with plain text
     apart: bool = False  # each turn's text is encoded by itself (mistral-common), not as part of one text
@@ -47,7 +52,7 @@ class Template:
         if turns[0][0] == "system" and not self.system:
             _, system = turns.pop(0)
             i = 0 if self.fold_into == "first" else (len(turns) - 1) // 2 * 2  # users stand at even places
-            if system:
+            if system or self.fold_empty:
                 text = self.fold.replace("{content}", turns[i][1]).replace("{system}", system, 1)
                 turns[i] = ("user", text)
         if add_generation_prompt:
@@ -56,91 +61,82 @@ class Template:
             turns[-1] = ("last", turns[-1][1])
         return [(getattr(self, role), text) for role, text in turns]
 
-    def segments(self, messages, add_generation_prompt, markers):
-        """[["control", marker] | ["text", text] | ["more", text that continues the one before it]]."""
+    def segments(self, messages, add_generation_prompt, markers, behind):
+        """[["control", marker] | ["text", text] | ["more", text that continues the one before it]]. `behind`,
+        "text" or "more", is the kind of text behind a control token."""
         segments = [["text", ""]]
         for pattern, content in self.turns(messages, add_generation_prompt):
             if self.apart:
                 segments.append(["text", ""])
             for part in PART.split(pattern):
                 if part in markers:
-                    segments += [["control", part], ["text", ""]]
+                    segments += [["control", part], ["text" if self.apart else behind, ""]]
                 elif part == "{cut}":
                     segments.append(["more", ""])
                 else:
-                    segments[-1][1] += CONTENT[part](content) if part in CONTENT else part
+                    segments[-1][1] += CONTENT[part][0](content) if part in CONTENT else part
         return segments
 
 
 # mistral-common's InstructTokenizerV1, V2, V3, V7. System text joins the first user turn, from v2 the last.
 MISTRAL_V1 = Template("mistral", user="[INST] {content} [/INST]", assistant="{content}{eos}",
                       fold="{system}\n\n{content}", bos=True, apart=True, stop_strings=("[INST]",))
-MISTRAL_V3 = replace(MISTRAL_V1, user="[INST]{content}[/INST]", assistant="{rstripped}{eos}",
-                     fold_into="last")
-MISTRAL_V7 = replace(MISTRAL_V3, system="[SYSTEM_PROMPT]{content}[/SYSTEM_PROMPT]", fold="")
+MISTRAL_V3 = replace(
+    MISTRAL_V1, user="[INST]{content}[/INST]", assistant="{rstripped}{eos}", fold_into="last")
+MISTRAL_V7 = replace(MISTRAL_V3, system="[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT]", fold="{content}")
 # The name "mistral" and the tokenizer's version choose one of these. Without tools v3 equals v2.
 MISTRAL = {"v1": MISTRAL_V1, "v2": MISTRAL_V3, "v3": MISTRAL_V3, "v7": MISTRAL_V7}
 
 FAMILIES = [
     # Anthropic HH-RLHF: its files are these strings. No EOS in a dialogue: the next "\n\nHuman:" ends a turn.
-    Template("hh", system="{content}", user="\n\nHuman: {content}",
+    Template("hh", system="{system}", user="\n\nHuman: {content}", generation="\n\nAssistant:",
              assistant="\n\nAssistant:{cut} {unspaced}", last="\n\nAssistant:{cut} {unspaced}{eos}",
-             generation="\n\nAssistant:", bos=None, stop_strings=("\n\nHuman:",)),
+             bos=None, stop_strings=("\n\nHuman:",)),
     MISTRAL_V1,
     # OpenAI's ChatML as SmolLM2, Qwen and Hermes write it.
-    Template("chatml", system="<|im_start|>system\n{content}<|im_end|>\n",
-             user="<|im_start|>user\n{content}<|im_end|>\n",
-             assistant="<|im_start|>assistant\n{content}<|im_end|>\n", generation="<|im_start|>assistant\n",
-             stop_strings=("<|im_end|>",)),
+    Template("chatml", user="<|im_start|>user\n{content}<|im_end|>\n", generation="<|im_start|>assistant\n",
+             assistant="<|im_start|>assistant\n{content}<|im_end|>\n",
+             system="<|im_start|>system\n{system}<|im_end|>\n", stop_strings=("<|im_end|>",)),
     # Meta's llama repository, and transformers' template for Llama-2-chat.
     Template("llama2", user="{bos}[INST] {stripped} [/INST]", assistant=" {stripped} {eos}",
-             fold="<<SYS>>\n{system}\n<</SYS>>\n\n{content}"),
+             fold="<<SYS>>\n{system}\n<</SYS>>\n\n{content}", fold_empty=True),
     # HuggingFaceH4/zephyr-7b; its markers are text in Mistral's vocabulary.
-    Template("zephyr", system="<|system|>\n{content}{eos}\n", user="<|user|>\n{content}{eos}\n",
-             assistant="<|assistant|>\n{content}{eos}\n", generation="<|assistant|>\n",
-             stop_strings=("<|user|>",)),
+    Template("zephyr", user="<|user|>\n{content}{eos}\n", assistant="<|assistant|>\n{content}{eos}\n",
+             system="<|system|>\n{system}{eos}\n", generation="<|assistant|>\n", stop_strings=("<|user|>",)),
     # No roles: each message is a line.
-    Template("plain", system="{content}\n", user="{content}\n", assistant="{cut}{content}\n",
-             last="{cut}{content}{eos}", bos=None),
+    Template("plain", user="{content}\n", assistant="{cut}{content}\n", last="{cut}{content}{eos}",
+             system="{system}\n", bos=None),
 ]
 TEMPLATES = {template.name: template for template in FAMILIES}
-# The first of these texts that a jinja chat template contains gives its family.
-# Phi-3, with "<|end|>", is none of them.
+# The first of these that a jinja chat template contains gives its family. Phi-3, with "<|end|>", has none.
 MARKS = {"<|end|>": None, "<|im_start|>": "chatml", "<<SYS>>": "llama2", "[INST]": "mistral",
          "<|user|>": "zephyr", "Human:": "hh"}
 
 
-def find_family(jinja):
-    """The name of the family that a jinja chat template is of, or None."""
-    return next((name for mark, name in MARKS.items() if mark in jinja), None)
-
-
 def choose_template(folder, name, jinja, backend):
-    """The `Template` called `name`, in the variant that the folder's jinja text and its tokens ask for. Where
-    name is None the jinja text gives it, then the tokens."""
+    """The `Template` called `name`, or else that of the folder's jinja text or tokens, in the variant that
+    these ask for; and the name of the jinja text's family, or None."""
     choices = f"choose one of {', '.join(TEMPLATES)}"
-    name = name or find_family(jinja)
-    if name is None:
-        name = "hh"
-        if jinja:
-            warnings.warn(f"{folder}: its chat template is of no family known here; {choices} with template=")
-        elif "<|im_start|>" in backend.controls:
-            name = "chatml"
-        elif backend.version:
-            name = "mistral"
-    if name not in TEMPLATES:
-        raise InputError(f"{folder}: unknown template {name!r}; {choices}")
-    template = TEMPLATES[name]
+    family = next((family for mark, family in MARKS.items() if mark in jinja), None)
+    name = name or family
+    if name is None and jinja:
+        warnings.warn(f"{folder}: its chat template is of no family known here; {choices} with template=")
+    elif name is None and "<|im_start|>" in backend.controls:
+        name = "chatml"
+    elif name is None and backend.version:
+        name = "mistral"
+    template = TEMPLATES.get(name or "hh")
     if name == "mistral":
         version = "v7" if "[SYSTEM_PROMPT]" in jinja else backend.version or "v1"
-        if version not in MISTRAL:
-            raise InputError(f"{folder}: expected Mistral's template {', '.join(MISTRAL)}, got {version}")
-        template = MISTRAL[version]
+        template = MISTRAL.get(version)
+        choices = f"its version is {version}, known are {', '.join(MISTRAL)}"
+    if template is None:
+        raise InputError(f"{folder}: unknown template {name!r}; {choices}")
     if name in ("chatml", "zephyr") and "bos_token" in jinja:
         template = replace(template, bos=True)
     if name == "chatml" and SMOLLM2_SYSTEM in jinja:
         template = replace(template, default_system=SMOLLM2_SYSTEM)
-    return template
+    return template, family
 
 
 def check_dialogue(messages):
