@@ -138,9 +138,17 @@ def make_folder(folder):
 
 
 def remove(folder):
-    """Deletes a folder that this program made, and no other."""
-    if (Path(folder) / MARK).exists():
-        shutil.rmtree(folder, ignore_errors=True)
+    """Deletes a folder that this program made, its mark last, or an empty one; no other."""
+    folder = Path(folder)
+    if (folder / MARK).exists():
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != MARK:
+                path.unlink()
+        (folder / MARK).unlink()
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 @contextlib.contextmanager
