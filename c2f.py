@@ -34,7 +34,7 @@ from reward import RewardModel, RewardOptions, RewardTrainer, accuracy
 from run.estimate import estimate
 from run.exits import STATUSES, Stopped, explain
 from run.folder import (
-    NEEDS, TRAINED, Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options,
+    TRAINED, Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options,
     target,
 )  # fmt: skip
 from run.inputs import InputOptions, read_examples, read_pairs, read_ppo_prompts
@@ -47,7 +47,7 @@ from support.options import build_parser, check, check_device, idle_options, opt
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")
-ACTING = ("plus", "coarse", "eval", "chat")  # a model answers as it was trained to, or as told
+ANSWERING = ("plus", "coarse", "eval", "chat")  # a model answers as it was trained to, or as told
 ANALYTICAL = (
     "Answer analytically: think the question through step by step, explain each step in detail, "
     "and only then conclude."
@@ -107,28 +107,28 @@ class Options(
 
     stage: str = option("all", "what to do", choices=STAGES)
     preset: str = option("tiny", "defaults for a size of model", choices=tuple(filter(None, PRESETS)))
-    system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage", read_by=ACTING)
-    eos: bool = option(True, "whether a response may end; the coarse stage removes EOS", read_by=ACTING)
-
-    def check(self):
-        if not self.eos and (self.concise or self.truncation_penalty):
-            cost = "every response is then as long as the limit, which costs all the same"
-            raise InputError(f"--no-eos: {cost}; set --concise and --truncation-penalty to 0")
+    system_prompt: str = option("", "system prompt in front of every PPO prompt of the stage", read_by=ANSWERING)
+    eos: bool = option(True, "whether a response may end; the coarse stage removes EOS", read_by=ANSWERING)
 
 
 def combine(arguments, stage):
     """The options of one stage: defaults, the preset's, the stage's, and on top what the user gave."""
-    is_named = stage == "eval" and "models" in arguments
+    is_named = arguments.get("stage") == "eval" and "models" in arguments
     preset = PRESETS[arguments.get("preset", "" if is_named else "tiny")]
     options = preset["common"] | preset.get(stage, {})
     if (options | arguments).get("lora_rank"):
         options |= preset["adapters"]
+    acting = ("system_prompt", "eos", "temperature")
     if stage in ("eval", "chat"):
-        options |= dict.fromkeys(("system_prompt", "eos", "temperature"))  # None: as the model's folder says
+        options |= dict.fromkeys(acting)  # None: as the model's folder says
+        if arguments.get("stage", "all") == "all":
+            arguments = {name: value for name, value in arguments.items() if name not in acting}
     if arguments.get("out") == "":
         raise InputError("--out: an empty name given, a folder expected")
     options = Options(**(options | arguments))
     options.out = options.out or f"runs/{options.preset}"
+    if options.eos is False:  # every response is then as long as the limit, and all would pay the same
+        options.concise = options.truncation_penalty = 0.0
     return options
 
 
@@ -271,7 +271,7 @@ def make_fine(run):
     options = run.options
     coarse = run.folder / "coarse"
     instruct = options.sft_model or run.folder / "sft"
-    evaluate = sweep_evaluator(run, coarse) if options.prompts else None
+    evaluate = sweep_evaluator(run, coarse)
     run.start()
     if evaluate:
         results = merge.sweep(coarse, instruct, options.gammas, evaluate)
@@ -312,17 +312,27 @@ def run_stage(arguments, stage, lock):
         print(f"{stage}: {time.time() - start:.0f} s", flush=True)
 
 
+def add_missing(arguments, stage, by_stage):
+    """Adds to {stage: options} the stages that the tiny preset will run before this one."""
+    for each in missing_stages(by_stage[stage], stage):
+        by_stage[each] = combine(arguments, each)
+        add_missing(arguments, each, by_stage)
+
+
 def run_stages(arguments, stage, lock):
     """The stage asked for, or all; with --resume those that are finished are kept."""
     stages = IN_ALL if stage == "all" else (stage,)
     by_stage = {each: combine(arguments, each) for each in stages}
-    if stage != "all" and by_stage[stage].preset == "tiny":  # stages that it may run first
-        by_stage |= {each: combine(arguments, each) for each in NEEDS.get(stage, ())}
+    if stage != "all" and by_stage[stage].preset == "tiny":
+        add_missing(arguments, stage, by_stage)
     for line in idle_options(arguments, by_stage):
         print(f"note: {line}")
     if arguments.get("estimate"):
         print("\n\n".join(estimate({each: by_stage[each] for each in stages})))
         return
+    for each in stages if not arguments.get("resume") else ():  # a mistake must not show after hours
+        check(by_stage[each])
+        require_inputs(by_stage[each], each)
     folder = by_stage[stages[0]].out
     for each in stages:
         if arguments.get("resume") and is_finished(folder, each) and each not in ("eval", "report"):

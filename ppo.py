@@ -63,8 +63,8 @@ class PPOOptions(TrainingOptions):
         1.0, "temperature of sampling and of all logprobs; eval and chat take 0 as well: the likeliest token",
         least=0, read_by=("plus", "coarse", "eval", "chat"),
     )  # fmt: skip
-    concise: float = option(0.0, "deviations of score taken off a response as long as the limit", least=0)
-    truncation_penalty: float = option(0.0, "deviations of score taken off a cut response", least=0)
+    concise: float = option(0.0, "deviations of score taken off a response as long as the limit", least=0, needs="eos")
+    truncation_penalty: float = option(0.0, "deviations of score taken off a cut response", least=0, needs="eos")
 
     def check(self):
         if self.minibatches > self.batch:

@@ -80,17 +80,21 @@ def log_samples(run, tokenizer, samples, second_score):
 
 def sweep_evaluator(run, folder):
     """evaluate(gamma, tensors) -> {metric: mean} of a merge, which takes the place of the model in `folder`
-    in memory."""
+    in memory. None where there is nothing to ask."""
     options = run.options
-    tokenizer = run.tokenizer(folder)
-    model = Mistral.from_pretrained(folder, options.device, run.dtype)
-    score = run.scorer(tokenizer, ends=False)
     material = Material(max_new_tokens=options.max_new_tokens, seed=options.seed)
     if options.preset == "tiny":
         material.questions = world.load("validation.jsonl")
         material.check = world.check
-    else:
-        material.questions = [{"prompt": text} for text in hold_out(list(read_prompts(options.prompts)), options)[1]]
+    elif options.prompts:
+        _, validation = hold_out(list(read_prompts(options.prompts)), options)
+        material.questions = [{"prompt": text} for text in validation]
+    if not material.questions:
+        print("no prompts are held out for a sweep of gamma (--prompts)")
+        return None
+    tokenizer = run.tokenizer(folder)
+    model = Mistral.from_pretrained(folder, options.device, run.dtype)
+    score = run.scorer(tokenizer, ends=False)
 
     def evaluate_once(gamma, tensors):
         def fill_and_evaluate():
@@ -118,7 +122,10 @@ def evaluate_models(run):
     material = gather_material(options)
     judge = UserFunction(options.judge, "--judge").ratings if options.judge else None
     # a model of eval may be a file of answers in FastChat's form
-    tokenizers = {name: run.tokenizer(path) for name, path in models.items() if not str(path).endswith(".jsonl")}
+    tokenizers = {}
+    for name, path in models.items():
+        if not str(path).endswith(".jsonl"):
+            tokenizers[name] = run.tokenizer(path, options.template)
     run.start()
     values = {}
     records = {}
@@ -187,10 +194,10 @@ def gather_material(options):
     else:
         sources = public_tasks(options.benchmarks)
         words = Path(options.benchmarks) / "toxicity/ldnoobw/en"
-        if not options.tasks and not sources:
-            raise InputError("--tasks: none given; name tasks as NAME=FILE, or a folder of them with --benchmarks")
     shots = None if options.shots < 0 else options.shots
     load_tasks(material, names, sources, options.limit, shots)
+    if material.prompts and not (options.toxicity_words or options.benchmarks or options.preset == "tiny"):
+        raise InputError("--toxicity-words: toxicity is counted by them; a file, or --benchmarks with LDNOOBW")
     if material.prompts:
         material.words = read_words(options.toxicity_words or words)
     return material
@@ -206,7 +213,6 @@ def report(run):
     results = read_figures(run.folder / "results.json")
     sweep = read_figures(run.folder / "sweep.json", float)
     metrics = run.metrics()
-    run.folder.mkdir(parents=True, exist_ok=True)
     draw_report(run.folder / "report.png", metrics, results, sweep)
     for stage in ("plus", "coarse"):
         rows = [row for row in metrics.get(stage, ()) if "reward" in row]

@@ -39,6 +39,7 @@ CODE = ("score", "second_score", "judge")  # the command line alone decides what
 
 # All processes run these stages together; the first runs the others alone.
 TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")
+ASKED = ("reward", "sft", "plus", "coarse", "eval", "chat")  # stages that read a template
 NEEDS = {  # the stages whose folders a stage reads
     "plus": ("reward",),
     "coarse": ("reward",),
@@ -62,7 +63,7 @@ class RunOptions:
     READ_BY = ()
 
     out: str = option("", "run folder (default runs/PRESET)")
-    template: str = option("", "chat template of --model (default: the folder's own)", choices=("", *TEMPLATES))
+    template: str = option("", "chat template of --model (default: the folder's own)", choices=("", *TEMPLATES), read_by=ASKED)
     device: str = option("", "cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     dtype: str = option(
         "", "default: bfloat16 on cuda, float32 on a CPU", choices=("", "float32", "bfloat16")
@@ -92,7 +93,9 @@ class RunOptions:
 def require_inputs(options, stage):
     for name in INPUTS.get(stage, ()):
         if not getattr(options, name):
-            raise InputError(f"{flag(name)}: needed by this stage with this preset")
+            raise InputError(f"{flag(name)}: needed by {stage} with this preset")
+    if stage == "eval" and options.preset != "tiny" and not (options.tasks or options.benchmarks):
+        raise InputError("--tasks: none given; NAME=FILE, or --benchmarks FOLDER, or --preset tiny")
 
 
 def missing_stages(options, stage):
@@ -254,7 +257,8 @@ class Run:
         if self.options.overwrite:
             return
         ways = "--overwrite does the stage again, --resume {}, another --out leaves it alone"
-        if is_finished(self.folder, self.stage) and not (self.stage == "eval" and self.options.resume):
+        is_again = self.stage == "eval" and self.options.resume and not self.options.models
+        if is_finished(self.folder, self.stage) and not is_again:
             raise InputError(f"--out: {self.target} has work in it; {ways.format('keeps it')}")
         if self.checkpoints.is_dir() and not self.options.resume:
             interrupted = f"{self.checkpoints} has an interrupted run"
@@ -264,7 +268,10 @@ class Run:
     def models(self):
         """{folder: fingerprint} of the models that the stage reads."""
         paths = [self.options.model, self.options.reward_model, self.options.sft_model]
-        paths += [target(self.folder, stage) for stage in NEEDS.get(self.stage, ())]
+        stages = list(NEEDS.get(self.stage, ()))
+        if not self.options.reward_model:
+            stages.append("reward")  # it scores in fine and eval too
+        paths += [target(self.folder, stage) for stage in stages]
         folders = [locate(path) for path in paths if path and (is_model(path) or path == self.options.model)]
         return {str(folder): fingerprint(folder) for folder in folders}
 
@@ -475,7 +482,10 @@ class Run:
         if not processes.is_finite(model):
             raise Failed(f"{self.stage}: the weights are not finite, so nothing is saved; lower the learning rate")
         options = self.options
-        acting = {"system": options.system_prompt, "eos": options.eos, "temperature": options.temperature}
-        model.save_pretrained(self.target, [*companions(tokenizer), (ACTING, acting)])
+        files = companions(tokenizer)
+        if self.stage in ("plus", "coarse"):
+            acting = {"system": options.system_prompt, "eos": options.eos, "temperature": options.temperature}
+            files.append((ACTING, acting))
+        model.save_pretrained(self.target, files)
         processes.wait()
         forget(self.folder, self.stage)

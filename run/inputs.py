@@ -13,7 +13,7 @@ from support.options import option
 from training import ADAPTED
 
 PPO = ("plus", "coarse")
-VALIDATION_PROMPTS = 16  # prompts of the merge's sweep, where there is no validation set
+VALIDATION_PROMPTS = 16  # about as many prompts does the merge's sweep ask
 
 
 @dataclass
@@ -109,10 +109,8 @@ def read_ppo_prompts(run, tokenizer):
 
 
 def hold_out(prompts, options):
-    """(prompts to train on, prompts that the merge's sweep asks). The tiny world has a validation set of its
-    own; elsewhere some of --prompts are held out by the seed."""
+    """(prompts to train on, prompts that the merge's sweep asks), split by first human turn, whatever the
+    seed. The tiny world has a validation set of its own."""
     if options.preset == "tiny":
         return prompts, []
-    count = min(VALIDATION_PROMPTS, len(prompts) // 10)
-    validation = random.Random(options.seed).sample(sorted(set(prompts)), count)
-    return [prompt for prompt in prompts if prompt not in validation], validation
+    return split_by_first_turn(prompts, min(0.1, VALIDATION_PROMPTS / len(prompts)), 0)

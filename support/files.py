@@ -12,6 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -34,7 +35,7 @@ def reading(path, expected):
         raise InputError(f"{path}: expected {expected}, this is no ordinary file")
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: missing") from None

@@ -136,7 +136,6 @@ OPTIONS = [  # arguments, what the line on stderr must name
     ("--resume --overwrite", "--resume"),
     ("--preset smollm2-135m --stage pretrain", "--stage"),
     ("--stage coarse --length-limit 300", "--limit-maximum"),
-    ("--stage plus --no-eos", "--concise"),
     ("--dtype float16", "--dtype"),
 ]
 
@@ -146,7 +145,8 @@ OPTIONS = [  # arguments, what the line on stderr must name
     [("--stage sft --lr 1", "--lr"), ("--stage reward --concise 1", "--concise"), ("--gamma 0.1 --stage plus", "--gamma"),
      ("--stage coarse --limit-step 3", "--limit-growth stepped"), ("--lora-alpha 8 --stage sft", "--lora-rank"),
      ("--stage plus --kl-target 5 --kl-coefficient 0", "--kl-coefficient"),
-     ("--stage chat --limit-factor 2", "--limit-factor")],
+     ("--stage chat --limit-factor 2", "--limit-factor"), ("--stage plus --concise 1 --no-eos", "--eos"),
+     ("--stage fine --template hh", "--template")],
 )  # fmt: skip
 def test_an_option_that_changes_nothing_is_named(text, name):
     arguments = vars(build_parser(c2f.Options, "", "", "").parse_args(text.split()))
@@ -245,6 +245,20 @@ def test_help_lists_every_option():
 
 
 # ---------------------------------------------------------------- a whole run
+
+
+def test_only_the_actors_say_how_they_act(run):
+    folders = {path.parent.name for path in run.folder.glob("*/acting.json")}
+    assert folders == {"plus", "coarse"}
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [(("--preset", "smollm2-135m", "--instructions", ""), "--instructions"), (("--length-limit", 300), "--limit-maximum")],
+)
+def test_a_mistake_of_a_later_stage_is_refused_before_the_first_begins(options, name, arguments, tmp_path):
+    assert_refused(main("--stage", "all", "--out", tmp_path / "run", *arguments, *options), name)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("stage", ["reward", "sft", "plus", "coarse", "fine"])
