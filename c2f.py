@@ -34,7 +34,7 @@ from reward import RewardModel, RewardOptions, RewardTrainer, accuracy
 from run.estimate import estimate
 from run.exits import STATUSES, Stopped, explain
 from run.folder import (
-    TRAINED, Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options,
+    Lock, Run, RunOptions, forget, is_finished, missing_stages, require_inputs, resume_options,
     target,
 )  # fmt: skip
 from run.inputs import InputOptions, read_examples, read_pairs, read_ppo_prompts
@@ -44,6 +44,7 @@ from sft import SFTOptions, SFTTrainer, document_examples
 from support import processes
 from support.files import InputError, write_json
 from support.options import build_parser, check, check_device, idle_options, option
+from training import TRAINED
 
 STAGES = ("pretrain", "reward", "sft", "plus", "coarse", "fine", "eval", "report", "chat", "all")
 IN_ALL = ("reward", "sft", "plus", "coarse", "fine", "eval", "report")

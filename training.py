@@ -18,12 +18,13 @@ from support.state import Stateful
 LOGITS_BYTES = 2**27  # of fp32 logits at a time
 
 ADAPTED = ("reward", "sft", "plus", "coarse")  # stages that start from a base model
+TRAINED = ("pretrain", *ADAPTED)  # all processes run these together; the first runs the others alone
 
 
 @dataclass
 class TrainingOptions:
     TITLE = "training"
-    READ_BY = ("pretrain", "reward", "sft", "plus", "coarse")
+    READ_BY = TRAINED
 
     steps: int = option(0, "optimizer or PPO steps of the stage (default: the preset's)", least=0)
     seed: int = option(0, "everything random comes from it", least=0, most=2**62, read_by=())

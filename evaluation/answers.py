@@ -32,9 +32,10 @@ class Speaker:
         turns = [message for message in dialogue if message["role"] != "system"]
         return [{"role": "system", "content": self.system}, *turns]
 
-    def respond(self, dialogues, max_new_tokens, seed=0, batch=256, temperature=None):
+    def respond(self, dialogues, max_new_tokens, seed=0, batch=256, temperature=None, watch=None):
         """Responses to message lists, or to plain texts that are continued: [(ids without ending, ended)].
-        A response ends at an end token or at a stop string of the template; without `eos` it never ends."""
+        A response ends at an end token or at a stop string of the template; without `eos` it never ends.
+        watch(ids) is called every few tokens with those so far."""
         tokenizer = self.tokenizer
         ends = tokenizer.end_ids
         temperature = self.temperature if temperature is None else temperature
@@ -42,6 +43,8 @@ class Speaker:
 
         def stop(ids):
             self.progress.update(0)  # a batch may take minutes
+            if watch:
+                watch(ids)
             return self.eos and tokenizer.stop is not None and tokenizer.stop(ids)
 
         longest = max(map(len, prompts), default=0) + max_new_tokens

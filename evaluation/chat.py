@@ -2,9 +2,7 @@
 
 import sys
 
-from evaluation.answers import encode_dialogue
 from evaluation.stages import describe_acting, open_speaker
-from model import generate
 
 HELP = "/system TEXT sets the system prompt, /reset starts anew; an empty line, Ctrl-D or Ctrl-C ends"
 
@@ -46,22 +44,17 @@ def read_lines():
 
 def stream_reply(speaker, messages, max_new_tokens, seed):
     """The text of the next turn, printed while it grows."""
-    tokenizer = speaker.tokenizer
-    ends = tokenizer.end_ids
     print("model: ", end="", flush=True)
     stream = Stream(speaker)
-    [ids] = generate(
-        speaker.model, [encode_dialogue(tokenizer, speaker.address(messages))], max_new_tokens, speaker.temperature,
-        eos_id=list(ends) if speaker.eos else None, forbid=() if speaker.eos else ends, seed=seed, stop=stream,
-    )  # fmt: skip
+    [(ids, _)] = speaker.respond([messages], max_new_tokens, seed, watch=stream)
     stream.show(stream.text(ids))
     print()
     return stream.printed
 
 
 class Stream:
-    """A `stop` of `generate`, which is called with the ids so far every few tokens: it prints the new words.
-    The last characters wait, since they may turn out to begin a stop string."""
+    """A `watch` of `Speaker.respond` that prints the new words. The last characters wait, since they may turn
+    out to begin a stop string."""
 
     WAIT = 16
 
@@ -72,7 +65,6 @@ class Stream:
 
     def __call__(self, ids):
         self.show(self.text(ids)[: -self.WAIT])
-        return self.ends and self.tokenizer.stop is not None and self.tokenizer.stop(ids)
 
     def text(self, ids):
         return self.tokenizer.decode(self.tokenizer.trim(ids) if self.ends else ids).strip()

@@ -16,10 +16,9 @@ from reward import SCORE_TOKENS
 from run.folder import target
 from support.files import InputError
 from support.options import check, flag
-from training import LOGITS_BYTES
+from training import LOGITS_BYTES, TRAINED
 from weights import has_adapter, is_model, read_config
 
-STAGES = ("pretrain", "reward", "sft", "plus", "coarse")
 GIB = 2**30
 CARDS = (24, 40, 80)  # GiB of a card
 MOST = 512  # rows of a batch that are tried
@@ -316,9 +315,9 @@ def largest(options, stage, card):
 
 def estimate(by_stage):
     """The estimates of those stages of {stage: its options} that train, as texts."""
-    stages = [stage for stage in by_stage if stage in STAGES]
+    stages = [stage for stage in by_stage if stage in TRAINED]
     if not stages:
-        raise InputError(f"--estimate: {', '.join(by_stage)} has none; these do: {', '.join(STAGES)}")
+        raise InputError(f"--estimate: {', '.join(by_stage)} has none; these do: {', '.join(TRAINED)}")
     for stage in stages:
         check(by_stage[stage])
     return [describe(by_stage[stage], stage) for stage in stages]

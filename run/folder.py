@@ -23,6 +23,7 @@ from support.files import (
 from support.options import flag, option
 from support.progress import Progress
 from tokenizer import TEMPLATES, companions, load_tokenizer
+from training import ADAPTED, TRAINED
 from weights import fingerprint, is_model, locate, read_config
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -37,9 +38,7 @@ ACTING = "acting.json"  # in a model's folder: the system prompt, EOS and temper
 ACTING_FIELDS = {"system": (str,), "eos": (bool,), "temperature": (float, 0, 2**62)}
 CODE = ("score", "second_score", "judge")  # the command line alone decides what is imported, never a file
 
-# All processes run these stages together; the first runs the others alone.
-TRAINED = ("pretrain", "reward", "sft", "plus", "coarse")
-ASKED = ("reward", "sft", "plus", "coarse", "eval", "chat")  # stages that read a template
+ASKED = (*ADAPTED, "eval", "chat")  # stages that read --model and its template
 NEEDS = {  # the stages whose folders a stage reads
     "plus": ("reward",),
     "coarse": ("reward",),

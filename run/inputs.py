@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from data import dialogue, read_instructions, read_preferences, read_prompts, split_by_first_turn
 from ppo import Prompt
 from reward import encode_pair
+from run.folder import ASKED
 from sft import chat_example
 from support.files import InputError
 from support.options import option
-from training import ADAPTED
 
 PPO = ("plus", "coarse")
 VALIDATION_PROMPTS = 16  # about as many prompts does the merge's sweep ask
@@ -21,7 +21,7 @@ class InputOptions:
     TITLE = "input"
     READ_BY = (*PPO, "fine")
 
-    model: str = option("", "base model: a folder or a hub id", read_by=(*ADAPTED, "eval", "chat"))
+    model: str = option("", "base model: a folder or a hub id", read_by=ASKED)
     sft_model: str = option("", "instruction model of the fine stage (default OUT/sft)", read_by=("fine",))
     reward_model: str = option("", "reward model (default OUT/reward)", read_by=(*PPO, "fine", "eval"))
     preferences: str = option(

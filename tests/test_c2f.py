@@ -564,7 +564,7 @@ def test_chat_answers_each_line_with_the_fine_actor_or_the_model_of_the_user(run
 def asked(monkeypatch):
     """The prompts, as texts, of every call of `generate` that chat made, and what stdout held when each ended."""
     calls = []
-    generate = evaluation.chat.generate
+    generate = evaluation.answers.generate
 
     def record(model, prompts, *rest, **settings):
         ids = generate(model, prompts, *rest, **settings)
@@ -572,7 +572,7 @@ def asked(monkeypatch):
         calls.append(SimpleNamespace(prompt=text, printed=sys.stdout.getvalue()))
         return ids
 
-    monkeypatch.setattr(evaluation.chat, "generate", record)
+    monkeypatch.setattr(evaluation.answers, "generate", record)
     return calls
 
 
@@ -612,7 +612,7 @@ def test_ctrl_c_leaves_chat_without_a_word_of_resuming(place, run, monkeypatch):
     if place == "at the cue":
         monkeypatch.setattr("builtins.input", interrupt)
     else:
-        monkeypatch.setattr(evaluation.chat, "generate", interrupt)
+        monkeypatch.setattr(evaluation.answers, "generate", interrupt)
     result = main("--stage", "chat", "--model", run.folder / "sft", *SIZES, stdin="Hello!")
     assert (result.code, result.err) == (0, "") and "resume" not in result.out
 
