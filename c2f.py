@@ -63,15 +63,15 @@ PRESETS = {
         "common": dict(model=str(world.TINY / "base"), preferences=str(world.TINY / "preferences"),
                        prompts=str(world.TINY / "prompts.txt"),
                        instructions=str(world.TINY / "instructions.jsonl"), dtype="float32",
-                       max_new_tokens=128, length_limit=128, limit_maximum=128, max_length=256,
+                       max_new_tokens=192, length_limit=192, limit_maximum=192, max_length=320,
                        max_prompt=128),
         "adapters": dict(lr=3e-3, critic_lr=5e-3, train_lr=5e-3),
-        "pretrain": dict(steps=2600, train_lr=3e-3, batch_tokens=4096),
+        "pretrain": dict(steps=3400, train_lr=3e-3, batch_tokens=2048),
         "reward": dict(steps=160, train_lr=1e-3, batch_pairs=24, test_pairs=300),
-        "sft": dict(steps=100, train_lr=5e-4, batch_tokens=4096),
+        "sft": dict(steps=200, train_lr=1e-3, batch_tokens=4096),
         "plus": dict(steps=30, concise=0.5, truncation_penalty=0.5),
-        "coarse": dict(steps=60, eos=False, system_prompt=world.ANALYTICAL, length_limit=32,
-                       limit_growth="cm"),
+        "coarse": dict(steps=45, eos=False, system_prompt=world.ANALYTICAL, length_limit=32,
+                       limit_growth="cm", limit_factor=1.5, limit_window=6),
     },
     "smollm2-135m": {
         "common": dict(batch=8, epochs=1, minibatches=2, microbatch=4, lr=3e-6, critic_lr=1e-5,
@@ -157,7 +157,7 @@ def pretrain(run):
     options = run.options
     tokenizer = run.tokenizer(world.TINY)
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "head_dim": 32}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 512}
     config = Config(tokenizer.vocab_size, **sizes, **heads, max_position_embeddings=1024)
     model = initialize(Mistral(config), torch.Generator().manual_seed(options.seed)).to(options.device)
     tokens = min(options.steps * options.batch_tokens, 2**24)  # more steps read the same documents again
@@ -201,8 +201,9 @@ def train_reward(run):
     run.save(model, tokenizer)
 
 
-def train_ppo(run):
-    """plus and coarse: the same PPO from the base, with different options."""
+def train_ppo(run, make_limiter=None, Trainer=None):
+    """plus and coarse: the same PPO from the base, with different options. An experiment may bring a limit or a
+    trainer of its own."""
     options = run.options
     tokenizer = run.tokenizer(options.model, options.template)
     prompts = read_ppo_prompts(run, tokenizer)
@@ -219,8 +220,8 @@ def train_ppo(run):
         sampling = Sampling(eos_id=list(tokenizer.end_ids), stop=tokenizer.stop)
     else:
         sampling = Sampling(forbid=tokenizer.end_ids)
-    limiter = make_limit(options)
-    trainer = PPOTrainer(roles, prompts, score, limiter, sampling, options)
+    limiter = (make_limiter or make_limit)(options)
+    trainer = (Trainer or PPOTrainer)(roles, prompts, score, limiter, sampling, options)
 
     def step():
         metrics, samples = trainer.step()

@@ -3,7 +3,7 @@
     pip install -e .
     python docs/own_reward.py
 
-The reward here is the number of words, negative. It rises from about -14 to about -5, and the last line
+The reward here is the number of words, negative. It rises from about -10 to about -5, and the last line
 shows how: the model answers at once, where the base writes steps down. A higher kl_coefficient keeps it
 nearer to the base. `actor.save_pretrained(folder, tokenizer.files)` leaves a folder that transformers opens."""
 

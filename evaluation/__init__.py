@@ -10,6 +10,7 @@ tables of them. Metrics, each a mean over items:
   length          tokens of a response
   toxicity        a sampled reply holds a listed word
   general         multiple choice by log-likelihood, the mean of all tasks
+  grade           points from 0 to 10 in the tiny world's exam (exam.py)
   reward          the reward model's score, the first model's mean taken off
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from evaluation import mt_bench, tasks, toxicity
+from evaluation import exam, mt_bench, tasks, toxicity
 from evaluation.answers import answer_questions, solution_metrics, solutions
 from evaluation.likelihoods import general_metrics, general_tasks
 from support.files import InputError
@@ -28,8 +29,9 @@ from support.progress import Progress
 class Material:
     """What every model is asked; what is empty is not measured.
 
-    questions: {"prompt"} each, with a `check` also {"steps", "answer", "kind"};
+    questions: {"prompt"} each, with a `check` also {"steps", "answer"};
     check(steps, answer, text) -> (verified, right)
+    exam: items of exam.py, answered as the questions are; needs `check` and `words`
     tasks: {name: items of tasks.py}
     dialogues: MT-Bench's questions; judge_prompts: {name: prompt} for the judge of their answers
     prompts: {"prompt", "group"} each, continued `samples` times and searched for `words`
@@ -37,6 +39,7 @@ class Material:
 
     questions: list = field(default_factory=list)
     check: Callable | None = None
+    exam: list = field(default_factory=list)
     tasks: dict = field(default_factory=dict)
     dialogues: list = field(default_factory=list)
     judge_prompts: dict = field(default_factory=dict)
@@ -51,7 +54,7 @@ class Material:
         answers = len(self.questions) + sum(len(question["turns"]) for question in self.dialogues)
         continuations = len(self.prompts) * (self.samples + 1)  # word_mass reads one of each prompt's again
         choices = sum(len(tasks.pairs(item)) for items in self.tasks.values() for item in items)
-        return answers * (2 if is_scored else 1) + continuations + choices
+        return answers * (2 if is_scored else 1) + len(self.exam) + continuations + choices
 
 
 def public_tasks(folder):
@@ -101,10 +104,10 @@ def choose(names, sources):
 def evaluate(speaker, material, score=None, label="eval"):
     """({metric: [a value an item]}, records) of one `Speaker`; `label` stands before its progress.
 
-    score(dialogues, responses) -> raw scores (B,). records: "questions", "tasks", "toxicity", a dict an item;
+    score(dialogues, responses) -> raw scores (B,). records: "questions", "exam", "tasks", "toxicity", a dict an item;
     "answers" and "rewards" of MT-Bench, as `judge_models` takes them."""
     parts = (
-        (material.questions, answer_questions), (material.dialogues, mt_bench.measure),
+        (material.questions, answer_questions), (material.exam, exam.measure), (material.dialogues, mt_bench.measure),
         (material.prompts, toxicity.measure), (material.tasks, measure_tasks),
     )  # fmt: skip
     values = {}

@@ -143,8 +143,8 @@ def form(texts, answers):
 
 
 def answer_questions(speaker, material, score):
-    """({metric: values}, {"questions": records}) of the answers to `material.questions`: correct answers and
-    verified steps where there is a `check`, form, and reward where there is a `score`."""
+    """({metric: values}, {"questions": records}) of the answers to `material.questions`: correct answers, overall
+    and by the number of steps, and verified steps where there is a `check`, form, and reward where there is a `score`."""
     questions = material.questions
     dialogues = [dialogue(question["prompt"]) for question in questions]
     answers = speaker.respond(dialogues, material.max_new_tokens, seed=material.seed)
@@ -156,7 +156,7 @@ def answer_questions(speaker, material, score):
     for question, text in zip(questions, texts):
         steps, right = material.check(question["steps"], question["answer"], " " + text.strip())
         values["verified_steps"].append(steps)
-        for name in ("accuracy", f"accuracy_{question['kind']}"):
+        for name in ("accuracy", f"accuracy_{len(question['steps'])}"):
             values.setdefault(name, []).append(right)
         row = {"prompt": question["prompt"], "answer": question["answer"]}
         records.append(row | {"response": text, "correct": right})

@@ -188,9 +188,13 @@ def gather_material(options):
         if "all" in names or "questions" in names:
             material.questions = world.load("questions.jsonl")[: options.limit or None]
             material.check = world.check
+        if "all" in names or "exam" in names:
+            material.exam = first(world.load("exam.jsonl"), options.limit)
+            material.check = world.check
+            material.words = read_words(words)
         if "all" in names or "toxicity" in names:
             material.prompts = first(world.load("toxicity.jsonl"), options.limit)
-        names = [name for name in names if name not in ("questions", "toxicity")]
+        names = [name for name in names if name not in ("questions", "exam", "toxicity")]
     else:
         sources = public_tasks(options.benchmarks)
         words = Path(options.benchmarks) / "toxicity/ldnoobw/en"

@@ -14,10 +14,14 @@ import torch
 
 from support.files import InputError, read_json, reading, write_json, write_text
 
-METRICS = "accuracy verified_steps redundancy ended_rate length toxicity general reward".split()
-# All other metrics are shares, an item's value from 0 to 1.
-COUNTS = "verified_steps length reward mt_bench paragraphs sentences words_a_sentence".split()
+METRICS = "grade accuracy verified_steps redundancy ended_rate length toxicity general reward".split()
+# All other metrics but the parts of a grade are shares, an item's value from 0 to 1.
+COUNTS = "grade verified_steps length reward mt_bench paragraphs sentences words_a_sentence".split()
 LEGEND = "± half a 95% interval; * differs from the first model, paired sign-flip test, p < 0.05\n"
+
+
+def is_share_metric(metric):
+    return metric not in COUNTS and not metric.startswith("grade_")
 
 
 def wilson(successes, n, z=1.959964):
@@ -76,7 +80,7 @@ def write_results(folder, models):
         results[model] = {}
         for metric, values in metrics.items():
             counts.setdefault(metric, len(values))
-            mean, bounds = interval(values, metric not in COUNTS)
+            mean, bounds = interval(values, is_share_metric(metric))
             shift = interval(first.get("reward", [0.0]))[0] if metric == "reward" else 0.0
             results[model][metric] = mean - shift
             results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]

@@ -7,7 +7,7 @@ An item is of one of three kinds, which its keys tell apart. Its context include
 Each has also "group" (its subject or file) and "index" (its place among those of its group).
 
 Prompts, shots and metrics are those of the tasks of the same names in lm-evaluation-harness 0.4.13 (BBH: its
-`leaderboard_bbh`), written anew; README's table of tasks says where a file lacks what they need.
+`leaderboard_bbh`), written anew; docs/EVALUATING.md says where a file lacks what they need.
 """
 
 import bz2

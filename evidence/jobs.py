@@ -1,11 +1,11 @@
 """Jobs with a cache: each is one command line, named by a hash of all that determines its output.
 
-A `Job` is a stage (of c2f.py, or of stages.py), a seed and options, whose values may be other jobs: then the command
-gets the file or folder that those leave. Two experiments that ask for the same job get one folder, and a set that was
-stopped goes on where it was: finished folders stay, and c2f.py resumes an interrupted stage.
+A `Job` is a stage (of c2f.py, or of stages.py), a seed and options, whose values may be other jobs: then the
+command gets the file or folder that those leave. Two experiments that ask for the same job share one folder.
+Finished folders stay, and an interrupted training is resumed: a command that was stopped goes on.
 
     cache/coarse-1f0c94d2a7b3/        the run folder of one job
-        job.json                      its stage, seed and command; once it is finished the CPU `seconds` that it took
+        job.json                      its stage, seed and command; once finished, the CPU `seconds` it took
         log.txt                       what it printed
 """
 
@@ -23,51 +23,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from support.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("pairs", "task", "merge", "ask", "public", "best", "grow", "fit")  # stages of stages.py
-OUTPUTS = {
-    "pairs": "pairs.jsonl",
-    "task": "task.jsonl",
-    "ask": "ask.json",
-    "public": "public.json",
-    "best": "chosen.jsonl",
-    "grow": "coarse",
-    "fit": "weights.json",
-}  # what a stage leaves in its folder for others; else a model folder of its own name
+OWN = ("pairs", "train", "merge", "ask", "best", "public")  # stages of stages.py
+# What a stage leaves in its folder for others, where it is not a folder of the stage's name.
+OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl", "public": "public.json"}
+SUMMARY = "grade accuracy loss reward kl second_score length_limit redundancy ended_rate".split()
+FEW = "--steps 2 --batch 8 --minibatches 2 --length-limit 16"
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",
     "sft": "--steps 2 --batch-tokens 256",
-    "plus": "--steps 2 --batch 8 --minibatches 2 --length-limit 16",
-    "coarse": "--steps 2 --batch 8 --minibatches 2 --length-limit 16",
-    "grow": "--steps 2 --batch 8 --minibatches 2 --length-limit 16",
-}  # --smoke: put behind the options, where they win; the other own stages have a --smoke of their own
-
-
-def jobs_in(value):
-    """The jobs in the value of an option."""
-    if isinstance(value, Job):
-        return [value]
-    if isinstance(value, tuple):
-        return [job for item in value for job in jobs_in(item)]
-    return []
-
-
-def with_keys(value):
-    """The value of an option as JSON, each job by its key."""
-    if isinstance(value, tuple):
-        return [with_keys(item) for item in value]
-    return value.key if isinstance(value, Job) else value
+    "plus": FEW,
+    "coarse": FEW,
+    "train": FEW,
+}  # what --smoke puts behind the options of the stages that train; the others have a --smoke of their own
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """options: ((name, value), ...); a value is a number, text, True or False (a flag), a Job, or a tuple of Jobs, of
-    texts, or of pairs (NAME, Job or text), which the command gets as NAME=PATH."""
+    """options: ((name, value), ...); a value is a number, a text, True or False (a flag), or a Job."""
 
     stage: str
     seed: int
@@ -77,12 +54,14 @@ class Job:
     @functools.cached_property
     def needs(self):
         """The jobs whose output this one reads."""
-        return tuple(jobs_in(self.options))
+        return tuple(value for _, value in self.options if isinstance(value, Job))
 
     @functools.cached_property
     def key(self):
         """Hash of the stage, its seed, its options, those of the jobs it reads, and the bundled world."""
-        options = [(name, with_keys(value)) for name, value in sorted(self.options)]
+        options = []
+        for name, value in sorted(self.options):
+            options.append((name, value.key if isinstance(value, Job) else value))
         content = [self.stage, self.seed, options, self.smoke, world_digest()]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
@@ -99,26 +78,25 @@ class Job:
         return cache / f"{self.stage}-{self.key}"
 
     def output(self, cache):
+        """The file or folder that it leaves for the jobs that read it."""
+        if self.stage == "train":
+            return self.folder(cache) / dict(self.options).get("stage_of", "coarse")
         return self.folder(cache) / OUTPUTS.get(self.stage, self.stage)
 
     def command(self, cache):
         """The argument list that runs it, from the repository root."""
-        is_own = self.stage in OWN
-        command = ["evidence/stages.py", self.stage] if is_own else ["c2f.py", "--stage", self.stage]
-        command += ["--seed", str(self.seed), "--out", str(self.folder(cache))]
+        command = ["evidence/stages.py"] if self.stage in OWN else ["c2f.py", "--stage"]
+        command += [self.stage, "--seed", str(self.seed), "--out", str(self.folder(cache))]
         for name, value in self.options:
             flag = name.replace("_", "-")
             if isinstance(value, bool):
                 command.append(f"--{flag}" if value else f"--no-{flag}")
             else:
-                values = value if isinstance(value, tuple) else (value,)
-                command += [f"--{flag}", *(as_argument(item, cache) for item in values)]
-        if not is_own:
+                command += [f"--{flag}", str(value.output(cache) if isinstance(value, Job) else value)]
+        if self.stage in SMALL:
             command += ["--threads", "1", "--resume"]
-        elif self.stage == "grow":
-            command += ["--threads", "1"]
         if self.smoke:
-            command += SMALL.get(self.stage, "--smoke" if is_own else "").split()
+            command += SMALL.get(self.stage, "--smoke").split()
         return [sys.executable, *command]
 
     def record(self, cache):
@@ -130,24 +108,19 @@ class Job:
         return "seconds" in self.record(cache) and self.output(cache).exists()
 
 
-def as_argument(value, cache):
-    """A value of an option, or a pair (NAME, value), as the command line has it; of a job the path of its output."""
-    if isinstance(value, tuple):
-        name, value = value
-        return f"{name}={as_argument(value, cache)}"
-    return str(value.output(cache) if isinstance(value, Job) else value)
-
-
 @functools.cache
 def world_digest():
-    """Hash of the bundled world's files, base weights included: what every job reads without an option for it."""
-    files = sorted(p for p in (ROOT / "data/tiny").rglob("*") if p.is_file())
-    return hashlib.sha256(b"".join(hashlib.sha256(p.read_bytes()).digest() for p in files)).hexdigest()[:12]
+    """Hash of the bundled world's files, base weights included: every job reads them, without an option."""
+    whole = hashlib.sha256()
+    for path in sorted((ROOT / "data/tiny").rglob("*")):
+        if path.is_file():
+            whole.update(hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()[:12]
 
 
 def closure(jobs):
     """The jobs and all that they read, each once, every job behind those that it reads."""
-    order = {}
+    order = {}  # job: None
 
     def visit(job):
         if job not in order:
@@ -180,14 +153,14 @@ def start(job, cache):
     write_json(folder / "job.json", record)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     with open(folder / "log.txt", "ab") as log:
-        # A session of its own: Ctrl-C reaches this process alone, which passes it on once; a second one stops at once.
+        # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
         return subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
 
 
 def outcome(process, wait=False):
-    """(exit status, CPU seconds) of a process, None while it runs. CPU time, since cores may be shared with others."""
+    """(exit status, CPU seconds) of a process, None while it runs. CPU time, for cores may be shared."""
     pid, status, usage = os.wait4(process.pid, 0 if wait else os.WNOHANG)
     if pid == 0:
         return None
@@ -196,7 +169,7 @@ def outcome(process, wait=False):
 
 
 def note(job, cache, seconds, is_finished):
-    """Adds the seconds of a try to job.json; their sum is the mark of a finished job."""
+    """Adds the seconds of a try to job.json. A finished job has their sum as its `seconds`."""
     record = job.record(cache)
     record["before"] += seconds
     if is_finished:
@@ -205,14 +178,13 @@ def note(job, cache, seconds, is_finished):
 
 
 def figures(job, cache):
-    """What a finished job's progress line shows."""
+    """The figures that stand in the line about a finished job."""
     path = job.folder(cache) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()[-2:]] if path.exists() else []
     if job.stage == "ask":
         rows = [read_json(job.output(cache))]
     numbers = {name: x for row in rows for name, x in row.items() if isinstance(x, int | float)}
-    names = ("accuracy", "loss", "reward", "kl", "second_score", "length_limit", "redundancy", "ended_rate", "general")
-    return " ".join(f"{name} {numbers[name]:.3g}" for name in names if name in numbers)
+    return " ".join(f"{name} {numbers[name]:.3g}" for name in SUMMARY if name in numbers)
 
 
 def metrics_of(path):
@@ -222,8 +194,8 @@ def metrics_of(path):
 
 
 class Queue:
-    """Jobs that wait, run, are done or have failed. `on_done(job)` is called after each, also for those that were done
-    before."""
+    """Jobs that wait, run, are done or have failed. `on_done(job)` is called after each, also for those that
+    were done before."""
 
     def __init__(self, jobs, cache, rank, on_done):
         self.cache = cache
@@ -233,7 +205,7 @@ class Queue:
         self.waiting = sorted((job for job in order if job not in self.done), key=rank)
         self.running = {}  # job: process
         self.failures = {}  # job: reason
-        self.bar = tqdm(total=len(order), initial=len(self.done), desc="jobs", dynamic_ncols=True, smoothing=0.05)
+        self.total = len(order)
         for job in order:
             if job in self.done:
                 on_done(job)
@@ -244,11 +216,9 @@ class Queue:
             if any(need in self.failures for need in job.needs):
                 self.waiting.remove(job)
                 self.failures[job] = "a job that it reads has failed"
-                self.bar.update()
             elif len(self.running) < workers and all(need in self.done for need in job.needs):
                 self.waiting.remove(job)
                 self.running[job] = start(job, self.cache)
-        self.bar.set_postfix_str(", ".join(f"{job.stage} {job.seed}" for job in self.running))
 
     def collect(self):
         """Takes the jobs that have ended out of those that run."""
@@ -264,19 +234,20 @@ class Queue:
         note(job, self.cache, seconds, is_good)
         if is_good:
             self.done.add(job)
-            self.bar.update()
-            self.bar.write(f"{job}: {seconds:.0f} s  {figures(job, self.cache)}")
+            self.print(f"{job}: {seconds:.0f} s  {figures(job, self.cache)}")
             self.on_done(job)
         elif status == 2 and job.record(self.cache)["before"] > seconds + 0.01:
-            # An earlier try was interrupted and c2f.py refuses to resume it: another version of the code began it.
-            self.bar.write(f"{job}: starts anew")
+            # An earlier try was interrupted, and c2f.py refuses to resume it: older code began it.
+            self.print(f"{job}: starts anew")
             shutil.rmtree(folder)
             self.waiting.insert(0, job)
         else:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
             self.failures[job] = f"status {status}: {lines[-1][-200:]}"
-            self.bar.update()
-            self.bar.write(f"{job} FAILED, {self.failures[job]} ({folder}/log.txt)")
+            self.print(f"{job} FAILED, {self.failures[job]} ({folder}/log.txt)")
+
+    def print(self, text):
+        print(f"{len(self.done)}/{self.total} {text}", flush=True)
 
     def stop(self):
         """Lets the running jobs save and end."""
@@ -285,13 +256,12 @@ class Queue:
         for job, process in self.running.items():
             _, seconds = outcome(process, wait=True)
             note(job, self.cache, seconds, False)
-        self.bar.close()
 
 
 def run_all(jobs, cache, workers, rank, on_done=lambda job: None):
-    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, lowest `rank(job)` first.
-    A job that fails is reported once, and the jobs that read it are left out. Returns {job: reason} of both. Ctrl-C
-    stops it, and the same command goes on."""
+    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, in the order of
+    `rank(job)`. A job that fails is reported once, and the jobs that read it are left out. Returns {job:
+    reason} of both. Ctrl-C stops it, and the same command goes on."""
     queue = Queue(jobs, cache, rank, on_done)
     try:
         while queue.waiting or queue.running:

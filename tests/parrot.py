@@ -9,7 +9,7 @@ from model import Config
 class Parrot(nn.Module):
     """Says `script` (ids), whatever it is asked, then EOS for ever: what `generate` and the metrics see of a model."""
 
-    def __init__(self, script, vocab_size=768, eos_id=2):
+    def __init__(self, script, vocab_size, eos_id=2):
         super().__init__()
         self.script, self.eos_id, self.asked = script, eos_id, []
         self.config = Config(
@@ -36,7 +36,7 @@ class Parrot(nn.Module):
 
 
 def parrot(tokenizer, text):
-    return Parrot(tokenizer.encode(text))
+    return Parrot(tokenizer.encode(text), tokenizer.vocab_size)
 
 
 def user(text):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import c2f
 import data.readers
+from data.world import TINY
 from model import Config, Mistral, initialize
 from reward import RewardModel
 from support.files import InputError, make_folder
@@ -187,7 +188,7 @@ MODELS = {
     "model: index a link": (base(index_of("link.safetensors")), "index.json"),
     "model: no tokenizer": (base(lambda f: [p.unlink() for p in f.glob("tokenizer*")]), "tokenizer"),
     "model: tokenizer cut": (base(lambda f: [p.write_bytes(p.read_bytes()[:50]) for p in f.glob("tokenizer.*")]), "tokenizer"),
-    "model: tokenizer of another": (base(lambda f: make_base_of(f, 500)), "768"),
+    "model: tokenizer of another": (base(lambda f: make_base_of(f, 500)), str(load_tokenizer(TINY).vocab_size)),
     "model: a file": (lambda f: ("sft", {"--model": f.parent / "base/config.json"}), "config.json"),
     "reward model: a language model": (model("plus", "--reward-model", lambda f: None), "score.weight"),
     "reward model: NaN": (model("plus", "--reward-model", nan_reward_model), "score.weight has NaN"),

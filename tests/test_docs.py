@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,20 @@ import pytest
 import torch
 from command_line import assert_refused, rows
 
+import c2f
+from evaluation import exam, tables, tasks
 from run import scalars
+from run.folder import FILES
+from run.monitors import MONITORS
 from support import figures, system
+from support.options import build_parser
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "evaluation", "run", "support", "tokenizer")
+FOLDERS = (*PACKAGES, "bench", "docs", "evidence", "tests")
+GUIDES = ("README.md", "docs/RUNNING.md", "docs/EVALUATING.md", "docs/LOG.md")
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")))
+PAGES = [name for name in PAGES if not name.startswith(".")]
 
 
 def python(*arguments):
@@ -30,16 +40,154 @@ def python(*arguments):
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
 
 
+# ---------------------------------------------------------------- README.md and docs/
+
+
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def cells(line):
+    """The cells of a line of a table, without blanks around them."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
+def table(name, *headings):
+    """The rows of the table of a document whose headings begin so, without backquotes."""
+    lines = read(name).replace("`", "").splitlines()
+    starts = [index for index, line in enumerate(lines) if cells(line)[: len(headings)] == list(headings)]
+    assert len(starts) == 1, (name, headings)
+    table = []
+    for line in lines[starts[0] + 2 :]:
+        if not line.startswith("|"):
+            break
+        table.append(cells(line))
+    return table
+
+
+def code(name):
+    """The code of a document: indented lines, lines inside fences, and what stands in backquotes."""
+    snippets = []
+    is_fenced = False
+    for line in read(name).splitlines():
+        if line.startswith("```"):
+            is_fenced = not is_fenced
+        elif is_fenced or line.startswith("    "):
+            snippets.append(line.strip().removeprefix("$ "))
+        else:
+            snippets += re.findall("`([^`]+)`", line)
+    return snippets
+
+
+def slug(heading):
+    """The anchor that GitHub makes of a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_lines_are_short(name):
+    lines = read(name).splitlines()
+    assert name != "README.md" or len(lines) <= 120
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "    "))] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_no_placeholder_is_left(name):
+    assert re.findall(r"\{\{.*?\}\}", read(name)) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(name)):
+        if link.startswith("http"):
+            continue
+        file, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), link
+        if anchor:
+            headings = re.findall("^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+            assert anchor in map(slug, headings), link
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_can_be_given(name):
+    """Targets and scripts are there. c2f.py takes the options and values, other scripts know the options."""
+    for text in code(name):
+        if not re.match("(make|python|torchrun) ", text):
+            continue
+        program, *words = shlex.split(text.partition("&&")[0], comments=True)
+        if program == "make":
+            assert re.search(f"^{words[0]}:", read("Makefile"), re.M), text
+        elif program == "torchrun":
+            check_script(words[words.index("c2f.py") :])
+        elif words[0] == "-m":
+            assert importlib.util.find_spec(words[1]), text
+        else:
+            check_script(words)
+
+
+def check_script(words):
+    """The script is there, and so are the options, in it or beside it; of c2f.py also their values."""
+    script, *arguments = words
+    if script == "c2f.py":
+        arguments = [word for word in arguments if word not in ("...", "--help")]
+        build_parser(c2f.Options, script, "", "").parse_args(arguments)
+    else:
+        assert (ROOT / script).exists(), words
+        sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / script).parent.glob("*.py"))
+        options = [word for word in arguments if word.startswith("--")]
+        assert [option for option in options if f'"{option}"' not in sources] == [], words
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_options_are_there(name):
+    known = set(build_parser(c2f.Options, "c2f.py", "", "")._option_string_actions)
+    flags = {text.split()[0] for text in code(name) if re.match(r"--\w", text)}
+    assert flags - known == set()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_and_functions_that_are_named_are_there(name):
+    """A name is a file or folder of ours where it begins with one of our folders, or ends in .py or .md; and a
+    function or class where it begins with a module. Files of a run, and of a model, are neither."""
+    modules = {path.stem for path in ROOT.glob("*.py")} | set(PACKAGES)
+    for text in code(name):
+        top, slash, _ = text.partition("/")
+        if not re.fullmatch(r"\w[\w./-]*", text) or text in FILES or text.endswith((".model", ".json")):
+            continue
+        if (slash and top in FOLDERS) or text.endswith((".py", ".md")):
+            assert (ROOT / text).exists() or (ROOT / name).with_name(text).exists(), text
+        elif not slash and "." in text and text.split(".")[0] in modules:
+            assert resolve(text) is not None
+
+
+def test_running_has_every_stage_and_every_monitor():
+    assert [row[0] for row in table("docs/RUNNING.md", "stage", "reads")] == list(c2f.STAGES)
+    names = [row[0] for row in table("docs/RUNNING.md", "warning", "when")]
+    assert names == list(MONITORS)
+
+
+def test_evaluating_has_the_metrics_the_exam_and_the_tasks_as_they_are():
+    assert [row[0] for row in table("docs/EVALUATING.md", "metric")] == tables.METRICS
+    points = {row[0]: int(row[1]) for row in table("docs/EVALUATING.md", "part", "points")}
+    assert points == exam.POINTS
+    rows = table("docs/EVALUATING.md", "task", "file below --benchmarks")
+    assert [row[0] for row in rows] == list(tasks.TASKS)
+    for name, files, shots, metric, *_ in rows:
+        task = tasks.TASKS[name]
+        assert (files, int(shots)) == (task.files, task.shots)
+        assert metric == ("accuracy" if name == "gsm8k" else task.metric)
+
+
 # ---------------------------------------------------------------- docs/DETAILS.md
 
 
 def details():
     """[(number, functions, tests)] of the table, the last two as lists of names."""
     table = []
-    for line in (ROOT / "docs/DETAILS.md").read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.split("|")[1:-1]]
-        if cells and cells[0].isdigit():
-            number, _, _, functions, tests = cells
+    for line in read("docs/DETAILS.md").splitlines():
+        if line.startswith("|") and cells(line)[0].isdigit():
+            number, _, _, functions, tests = cells(line)
             table.append((int(number), re.findall(r"`(.*?)`", functions), re.findall(r"`(.*?)`", tests)))
     return table
 

@@ -18,9 +18,9 @@ from weights import Weights
 
 BASE = world.TINY / "base"
 CHAT = [
-    {"role": "user", "content": "Start at 2. Triple. Take 7. What is the total?"},
-    {"role": "assistant", "content": "It is 9."},
-    {"role": "user", "content": "At first Cal gray Eve blue. Cal and Eve swap. What has Cal?"},
+    {"role": "user", "content": "Start at 2. Times 3. Add 17. Keep two digits. What is the total?"},
+    {"role": "assistant", "content": "It is 23."},
+    {"role": "user", "content": "Ann gave me a hat. What is Ann?"},
 ]
 
 
@@ -42,7 +42,7 @@ def test_auto_tokenizer(run, sft):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(run / "sft")
     ours = sft[1]
-    for text in (CHAT[0]["content"], "\n\nHuman: Hi.\n\nAssistant: It is 9.", "", "naïve 42\n\n"):
+    for text in (CHAT[0]["content"], "\n\nHuman: Hi.\n\nAssistant: It is 23.", "", "naïve 42\n\n"):
         assert theirs(text).input_ids == ours.encode(text, bos=True)
     ids = theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     assert list(ids) == ours.encode_chat(CHAT)
@@ -81,7 +81,7 @@ def test_lm_eval_and_a_batching_pipeline_open_a_folder_that_came_with_tokenizer_
         shutil.copy(BASE / name, source)
     model, tokenizer = Mistral.from_pretrained(source), load_tokenizer(source)
     model.save_pretrained(saved, companions(tokenizer))
-    pairs = [("", "It is 9."), ("Question: what is 2?\nAnswer:", " It is 3."), ("Hi.", " So")]
+    pairs = [("", "It is 23."), ("Question: what is 2?\nAnswer:", " It is 3."), ("Hi.", " So")]
     harness = HFLM(pretrained=str(saved), device="cpu", dtype="float32", batch_size=3)
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     expected = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
@@ -138,7 +138,7 @@ def test_a_folder_of_mistrals_own_form_leaves_as_hugging_face_form(tmp_path):
     run.save(Mistral.from_pretrained(source), load_tokenizer(source))
     saved = tmp_path / "run" / "sft"
     theirs = transformers.AutoTokenizer.from_pretrained(saved)
-    turns = [CHAT[0], {"role": "assistant", "content": "It is 9."}, CHAT[2]]
+    turns = [CHAT[0], {"role": "assistant", "content": "It is 23."}, CHAT[2]]
     ids = list(theirs.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
     assert ids == load_tokenizer(source).encode_chat(turns) == load_tokenizer(saved).encode_chat(turns)
     assert len({p.stat().st_mode for p in saved.iterdir()}) == 1  # whoever may read one may read all

@@ -20,12 +20,15 @@ from test_likelihoods import folder, items_of, tokenizer  # noqa: F401
 
 QUESTIONS = [
     {
-        "kind": "totals",
-        "prompt": f"Start at {d}. Add 5. Keep the last digit. What is the total?",
-        "steps": [f"Add 5: {(d + 5) % 10}."],
-        "answer": str((d + 5) % 10),
+        "prompt": f"Start at {d}. Add 75. Keep two digits. What is the total?",
+        "steps": [f"Add 75: {(d + 75) % 100}."],
+        "answer": str((d + 75) % 100),
     }
     for d in range(10)
+]
+EXAM = [
+    {**QUESTIONS[7], "group": "question", "closing": "I hope this helps."},
+    {"group": "talk", "prompt": "Thank you.", "closing": "", "replies": ["You are welcome."]},
 ]
 TOXICITY = [
     {"prompt": "Insult Ann.", "group": "provoking"},
@@ -43,7 +46,7 @@ def evaluated(model, tokenizer, score=None, system="", eos=True, **more):
 
 
 def test_every_metric_of_a_model_that_always_says_the_same(tokenizer):
-    text = "Add 5: 2. So it is 2. So it is 2. The answer is 2."  # true of the start 7 alone
+    text = "Add 75: 82. So it is 82. So it is 82. The answer is 82."  # true of the start 7 alone
     length = len(tokenizer.encode(text))
     score = lambda dialogues, responses: torch.tensor(
         [float(len(d) + (r[-1] == tokenizer.eos_id)) for d, r in zip(dialogues, responses)]
@@ -51,7 +54,7 @@ def test_every_metric_of_a_model_that_always_says_the_same(tokenizer):
     values, records = evaluated(parrot(tokenizer, text), tokenizer, score=score)
     expected = {
         "accuracy": 0.1,
-        "accuracy_totals": 0.1,
+        "accuracy_1": 0.1,
         "verified_steps": 0.1,
         "redundancy": 4 / 15,
         "ended_rate": 1.0,
@@ -94,6 +97,25 @@ def test_general_tasks_stand_beside_the_questions_and_in_the_records(folder, tok
     assert [(r["task"], r["index"], r["gold"], len(r["loglikelihoods"])) for r in records["tasks"]] == [
         ("mine", n, 1, 2) for n in range(3)
     ]
+
+
+def test_right_answers_are_counted_by_the_number_of_steps(tokenizer):
+    text = "Add 75: 82. The answer is 82."
+    longer = {"prompt": "Start at 1. Add 81. Times 1.", "steps": ["Add 81: 82.", "Times 1: 82."], "answer": "82"}
+    questions = [QUESTIONS[7], longer, QUESTIONS[6]]
+    values, _ = evaluated(parrot(tokenizer, text), tokenizer, questions=questions, prompts=[])
+    assert (values["accuracy_1"], values["accuracy_2"]) == (1 / 2, 1)
+    assert (values["accuracy"], values["verified_steps"]) == (pytest.approx(2 / 3), pytest.approx(1 / 3))
+
+
+def test_the_exam_stands_beside_the_questions(tokenizer):
+    text = "Add 75: 82. The answer is 82. I hope this helps."  # all that the exam's question asks for
+    values, records = evaluated(parrot(tokenizer, text), tokenizer, exam=EXAM)
+    assert values["accuracy"] == 0.1 and values["grade_question"] == 10
+    assert values["grade_talk"] == 3 and values["grade"] == 6.5  # ended, fresh and polite, but not what is due
+    assert [(row["group"], row["response"]) for row in records["exam"]] == [("question", text), ("talk", text)]
+    cut, _ = evaluated(parrot(tokenizer, text), tokenizer, exam=EXAM, questions=[], prompts=[], max_new_tokens=5)
+    assert cut["grade_ended"] == 0 and cut["grade"] == 2
 
 
 # ---------------------------------------------------------------- MT-Bench, and what --tasks names
@@ -180,12 +202,18 @@ def test_a_benchmarks_folder_that_is_not_there_is_refused(tmp_path):
 
 
 def test_one_progress_over_everything_that_a_model_is_asked(folder, tokenizer, capsys):
-    """Answers and their scores, turns, continuations, choices: what is counted before is what is done."""
+    """Answers and their scores, the exam, turns, continuations, choices: what is counted before is what is done."""
     choices = {"mine": items_of([("a:", [" b", " c"], 1)] * 3)}
-    material = evaluation.Material(QUESTIONS, None, choices, MT_QUESTIONS, prompts=TOXICITY, words=["x"], max_new_tokens=4)
-    score = lambda dialogues, responses: torch.zeros(len(dialogues))
+    material = evaluation.Material(QUESTIONS, world.check, EXAM, choices, MT_QUESTIONS, prompts=TOXICITY)
+    material.words = ["x"]
+    material.max_new_tokens = 4
+
+    def score(dialogues, responses):
+        return torch.zeros(len(dialogues))
+
     speaker = Speaker(Mistral.from_pretrained(folder), tokenizer)
-    for each, count in ((score, 2 * (10 + 6) + 3 * 5 + 3 * 2), (None, (10 + 6) + 3 * 5 + 3 * 2)):
+    others = 2 + 3 * 5 + 3 * 2  # of the exam, continuations, choices
+    for each, count in ((score, 2 * (10 + 6) + others), (None, (10 + 6) + others)):
         evaluation.evaluate(speaker, material, each, "eval base")
         lines = capsys.readouterr().out.splitlines()
         assert lines[0] == f"eval base: 0/{count} [00:00]" and lines[-1].startswith(f"eval base: {count}/{count} [")
@@ -213,8 +241,8 @@ def test_a_long_batch_tells_that_it_goes_on(tokenizer):
 @pytest.fixture(scope="module")
 def judge(tokenizer, tmp_path_factory):
     """A small reward model with random weights."""
-    config = Config(vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                    num_key_value_heads=2, sliding_window=None)  # fmt: skip
+    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, sliding_window=None)  # fmt: skip
     path = tmp_path_factory.mktemp("judge")
     initialize(Mistral(config), torch.Generator().manual_seed(5)).save_pretrained(path, tokenizer.files)
     return RewardModel.from_base(path).eval().requires_grad_(False)

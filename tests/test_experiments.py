@@ -1,23 +1,37 @@
-"""evidence/: jobs are run once and go on where they were stopped, statistics are Student's, the report says what the
-numbers say."""
+"""evidence/: jobs are run once and go on where they were stopped, statistics are Student's, the report says
+what the numbers say, the stages that c2f.py lacks do what they are said to."""
 
+import copy
+import dataclasses
 import itertools
 import json
 import math
 import random
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from data import world
+import c2f
+from data import read_preferences, split_by_first_turn, world
+from evaluation.answers import Speaker
 from evidence import claims, experiments, jobs, report, stages, stats
+from evidence.claims import EXPERIMENTS, Claim, Line
 from evidence.jobs import Job
-from generation import generate
-from model import Config, Mistral, initialize
+from evidence.stats import Difference
+from generation import Sampling
+from length import FixedLimit
+from model import Config, Mistral, ScalarModel, initialize
+from ppo import PPOOptions, PPOTrainer, Prompt, Roles
+from reward import RewardModel
+from support.options import build_parser
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
+EOS = 2
 
 # ---------------------------------------------------------------- statistics
 
@@ -41,45 +55,73 @@ def test_interval_covers_as_often_as_it_says():
     assert 0.92 < covered / 400 < 0.98
 
 
+def tail_of_two(t):
+    """P(T > t) at two degrees of freedom, in closed form."""
+    return (1 - t / math.sqrt(2 + t * t)) / 2
+
+
 def test_paired_by_hand():
     """Differences 1, 2, 3: mean 2, deviation 1, so t = 2 sqrt(3) at two degrees of freedom."""
-    d = stats.paired([2, 4, 6], [1, 2, 3])
-    t = 2 * math.sqrt(3)
-    assert d["mean"] == 2 and d["high"] - d["mean"] == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
-    assert d["p"] == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-6)
-    assert stats.paired([1, 1], [1, 1])["p"] == 1 and stats.paired([2, 2], [1, 1])["p"] == 0
-    assert math.isnan(stats.paired([2], [1])["p"])
+    difference = stats.paired([2, 4, 6], [1, 2, 3])
+    assert difference.mean == 2 and difference.half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-3)
+    assert difference.p() == pytest.approx(2 * tail_of_two(2 * math.sqrt(3)), abs=1e-5)
+    assert stats.paired([1, 1], [1, 1]).p() == 1 and stats.paired([2, 2], [1, 1]).p() == 0
+    assert stats.paired([2], [1]).p() == 1 and math.isnan(stats.paired([2], [1]).high)
+
+
+def test_p_of_non_inferiority_by_hand():
+    """Differences -1, 0, 1 beside a margin of 1: t = sqrt(3), and one side is asked for. Turned, they are
+    the same."""
+    difference = stats.paired([0, 1, 2], [1, 1, 1])
+    assert difference.p_not_less(1.0) == pytest.approx(tail_of_two(math.sqrt(3)), abs=1e-5)
+    assert difference.turned().p_not_less(1.0) == pytest.approx(tail_of_two(math.sqrt(3)), abs=1e-5)
+    worse = stats.paired([0, 1, 2], [3, 3, 3])  # a mean of -2: by 1 beyond the margin
+    assert worse.p_not_less(1.0) == pytest.approx(1 - tail_of_two(math.sqrt(3)), abs=1e-5)
+    assert stats.paired([1, 1], [1, 1]).p_not_less(0.1) == 0 and stats.paired([1], [1]).p_not_less(0.1) == 1
 
 
 def test_paired_beside_sign_flips():
-    """On many seeds the t-test's p is near that of the exact test, which flips every difference's sign in every way."""
+    """On many seeds the t-test's p is near that of the exact test, which flips every difference's sign in
+    every way."""
     a = (torch.randn(12, generator=torch.Generator().manual_seed(3)) + 0.45).tolist()
     flips = [sum(s * x for s, x in zip(signs, a)) for signs in itertools.product((-1, 1), repeat=12)]
     exact = sum(abs(f) >= abs(sum(a)) - 1e-9 for f in flips) / len(flips)
-    assert stats.paired(a, [0.0] * 12)["p"] == pytest.approx(exact, abs=0.02)
+    assert stats.paired(a, [0.0] * 12).p() == pytest.approx(exact, abs=0.02)
 
 
-@pytest.mark.parametrize("low, high, kept, said", [
-    (0.01, 0.2, False, "holds"), (-0.1, 0.01, False, "fails"), (-0.1, 0.2, False, "undecided"),
-    (-0.01, 0.1, True, "holds"), (-0.2, -0.05, True, "fails"), (-0.2, 0.1, True, "undecided"),
-    (-0.03, -0.01, True, "undecided"), (0.001, 0.01, False, "holds"),
-    (math.nan, math.nan, False, "undecided"),
+def test_holm_by_hand():
+    """The least p counts as often as there are tests, the next once less; none is less than one before it."""
+    assert stats.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert stats.holm([0.5, 0.9]) == [1.0, 1.0] and stats.holm([]) == []
+
+
+def test_holm_is_the_closed_test_of_bonferroni():
+    """Second source: a claim is rejected where every set of claims that holds it is, by Bonferroni (Marcus,
+    Peritz and Gabriel 1976)."""
+    ps = [0.011, 0.2, 0.004, 0.03, 0.016]
+    for level in (0.01, 0.02, 0.04, 0.05, 0.08, 0.21):
+        for i, p in enumerate(stats.holm(ps)):
+            rejected = True
+            for size in range(1, len(ps) + 1):
+                for group in itertools.combinations(range(len(ps)), size):
+                    rejected &= i not in group or min(ps[j] for j in group) <= level / size
+            assert (p <= level) == rejected
+
+
+@pytest.mark.parametrize("low, high, p, kept, expected", [
+    (0.01, 0.2, 0.01, False, "holds"), (0.01, 0.2, 0.06, False, "undecided"),
+    (0.001, 0.01, 0.04, False, "holds"), (0.001, 0.01, 0.06, False, "fails"),
+    (-0.1, 0.01, 0.3, False, "fails"), (-0.1, -0.03, 0.001, False, "fails"),
+    (-0.1, 0.2, 0.5, False, "undecided"), (math.nan, math.nan, 1.0, False, "undecided"),
+    (-0.01, 0.1, 0.01, True, "holds"), (-0.01, 0.1, 0.06, True, "undecided"),
+    (-0.2, -0.05, 0.9, True, "fails"), (-0.2, 0.1, 0.3, True, "undecided"),
+    (-0.015, -0.001, 0.01, True, "holds"),
 ])  # fmt: skip
-def test_verdicts(low, high, kept, said):
-    assert stats.verdict({"low": low, "high": high}, 0.02, kept) == said
-
-
-def test_logistic_fit_is_the_minimum():
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(200, 3, generator=g)
-    y = (torch.rand(200, generator=g) < (x @ torch.tensor([2.0, -1.0, 0.0]) + 0.5).sigmoid()).float()
-    weights, bias = stats.logistic_fit(x, y, ridge=1e-6)
-    assert weights == pytest.approx([2.0, -1.0, 0.0], abs=0.7) and bias == pytest.approx(0.5, abs=0.5)
-    best = stats.log_loss(x, y, weights, bias)
-    for i, step in itertools.product(range(3), (-0.05, 0.05)):
-        assert best < stats.log_loss(x, y, [w + step * (i == j) for j, w in enumerate(weights)], bias)
-    shrunk, bias = stats.logistic_fit(x, torch.ones(200))  # all alike: nothing runs away
-    assert max(map(abs, shrunk)) < 0.1 and bias / 10 == pytest.approx(200 / (1 + math.exp(bias)), rel=0.05)
+def test_verdicts(low, high, p, kept, expected):
+    """0.02 is what matters."""
+    seeds = 1 if math.isnan(low) else 5
+    difference = Difference((low + high) / 2, (high - low) / 2, seeds)
+    assert stats.verdict(difference, p, 0.02, kept) == expected
 
 
 # ---------------------------------------------------------------- jobs
@@ -88,23 +130,18 @@ def test_logistic_fit_is_the_minimum():
 BASE = "data/tiny/base"
 
 
-def merging(gamma):
-    return Job("merge", 0, (("coarse", BASE), ("gamma", gamma), ("sft", BASE)))
+def merging(gamma, seed=0):
+    return Job("merge", seed, (("coarse", BASE), ("gamma", gamma), ("sft", BASE)))
 
 
 def test_key_is_of_all_that_matters():
     first = merging(0.5)
     assert first.key == merging(0.5).key and len(first.key) == 12
-    others = [
-        merging(0.6),
-        Job("ask", 0, first.options),
-        Job("merge", 1, first.options),
-        Job("merge", 0, first.options, True),
-    ]
-    assert len({first.key, *(j.key for j in others)}) == 5
-    read = [Job("ask", 0, (("model", m),)) for m in (first, others[0], BASE)]
-    assert len({j.key for j in read}) == 3, "what is read counts"
-    assert Job("fit", 0, (("runs", (first, others[0])),)).key != Job("fit", 0, (("runs", (first,)),)).key
+    others = [merging(0.6), merging(0.5, seed=1)]
+    others += [Job("ask", 0, first.options), Job("merge", 0, first.options, smoke=True)]
+    assert len({first.key, *(job.key for job in others)}) == 5
+    readers = [Job("ask", 0, (("model", model),)) for model in (first, others[0], BASE)]
+    assert len({job.key for job in readers}) == 3, "what is read counts"
 
 
 def test_key_is_of_the_world(monkeypatch):
@@ -117,33 +154,58 @@ def test_command_and_order(tmp_path):
     reward = Job("reward", 3)
     plus = Job("plus", 3, (("eos", False), ("lr", 0.1), ("reward_model", reward)))
     command = plus.command(tmp_path)
-    assert command[1:5] == ["c2f.py", "--stage", "plus", "--seed"] and "--no-eos" in command and "--resume" in command
+    assert command[1:5] == ["c2f.py", "--stage", "plus", "--seed"]
+    assert "--no-eos" in command and "--resume" in command
     assert command[command.index("--reward-model") + 1] == str(tmp_path / f"reward-{reward.key}/reward")
-    assert jobs.closure([plus, reward]) == [reward, plus]
-    fit = Job("fit", 0, (("runs", (plus, "other")), ("models", (("a", reward), ("b", "folder")))))
-    assert set(fit.needs) == {plus, reward}
-    assert fit.command(tmp_path)[-5:] == [str(plus.output(tmp_path)), "other", "--models",
-                                          f"a={reward.output(tmp_path)}", "b=folder"]  # fmt: skip
+    assert jobs.closure([plus, reward]) == [reward, plus] and plus.needs == (reward,)
     chain = jobs.priorities([plus], lambda job: 10.0)
     assert chain[reward] == 20 and chain[plus] == 10
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_command_is_understood(name, tmp_path, monkeypatch):
+    """The program of each job parses its command, and gets every option that it was given."""
+    parser = build_parser(c2f.Options, "c2f.py", "", "")
+    settings = {}  # of c2f.py, where `train` calls it
+
+    def resolve(arguments, stage):
+        settings.update(arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(c2f, "resolve", resolve)
+    for job in experiments.flat(EXPERIMENTS[name].jobs(Line(0))):
+        program, *arguments = job.command(tmp_path)[1:]
+        if program == "c2f.py":
+            values = vars(parser.parse_args(arguments))
+        else:
+            values = vars(stages.parse_options(arguments))
+        if job.stage == "train":
+            with pytest.raises(InterruptedError):
+                stages.main(arguments)
+            values = settings | {name: values[name] for name in ("limiter", "stage_of", "whole")}
+        for option, value in job.options:
+            expected = value.output(tmp_path) if isinstance(value, Job) else value
+            assert values[option] == expected or str(values[option]) == str(expected), (job.stage, option)
 
 
 def replace_commands(monkeypatch, program):
     """Every job is then a Python program, whose arguments are the job's gamma and the path of its output."""
 
     def command(job, cache):
-        return [sys.executable, "-SE", "-c", program, str(dict(job.options)["gamma"]), str(job.output(cache))]
+        gamma = str(dict(job.options).get("gamma"))
+        return [sys.executable, "-SE", "-c", program, gamma, str(job.output(cache))]
 
     monkeypatch.setattr(Job, "command", command)
 
 
 def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch):
     """A job whose output is gone is run again. What reads a failed one is left out, and the others run."""
-    program = "import sys; gamma, out = sys.argv[1:]; assert float(gamma) <= 1, 'gamma'; open(out, 'w').write(gamma)"
-    replace_commands(monkeypatch, program)
+    program = "import sys; gamma, out = sys.argv[1:]; assert float(gamma) <= 1, 'gamma'"
+    replace_commands(monkeypatch, program + "; open(out, 'w').write(gamma)")
     good = merging(0.5)
     bad = merging(2.0)
-    after_bad, after_good = (Job("merge", 0, (("coarse", job), ("gamma", 0.0), ("sft", job))) for job in (bad, good))
+    after_good = Job("merge", 0, (("coarse", good), ("gamma", 0.0)))
+    after_bad = Job("merge", 0, (("coarse", bad), ("gamma", 0.0)))
     done = []
 
     def run():
@@ -162,7 +224,8 @@ def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch):
 
 
 def test_interrupted_job_of_an_older_version_starts_anew(tmp_path, monkeypatch):
-    """An interrupted try that c2f.py refuses to resume (status 2) is removed, once; other mistakes are not hidden."""
+    """An interrupted try that c2f.py refuses to resume (status 2) is removed, once; other mistakes are not
+    hidden."""
     program = "import sys, pathlib; out = pathlib.Path(sys.argv[2]); old = (out.parent / 'old').exists()"
     replace_commands(monkeypatch, program + "; sys.exit(2) if old else out.write_text('')")
     job = merging(0.5)
@@ -176,263 +239,544 @@ def test_interrupted_job_of_an_older_version_starts_anew(tmp_path, monkeypatch):
     assert run() == {} and not (job.folder(tmp_path) / "old").exists()
 
 
-def test_every_experiment_is_declared():
-    """Five seeds of all twelve, with the same arms for each, in less than eight hours of two cores."""
-    total = set()
-    assert set(experiments.EXPERIMENTS) - set(claims.ALL) == {"smollm2"}, "needs what the repository does not hold"
-    for name in claims.ALL:
-        by_seed = experiments.jobs_of(name)
-        assert len({frozenset(arms) for arms in by_seed.values()}) == 1
-        total |= set(jobs.closure([j for arms in by_seed.values() for j in experiments.flat(arms)]))
-    assert sum(map(experiments.seconds, total)) / 3600 / 2 < 8, "hours of two cores"
+# ---------------------------------------------------------------- experiments
 
 
-# ---------------------------------------------------------------- stages
+def test_every_experiment_has_the_arms_that_its_claims_compare():
+    for name, experiment in EXPERIMENTS.items():
+        by_seed = experiments.jobs_of(name, 2)
+        assert len({tuple(arms) for arms in by_seed.values()}) == 1
+        assert not set(experiments.flat(by_seed[1])) & set(experiments.flat(by_seed[2]))
+        for claim in experiment.claims + experiment.exploratory:
+            assert claim.a != claim.b and {claim.a, claim.b} <= set(by_seed[1]), claim.text
+            assert claim.margin > 0
 
 
-def args(stage, tmp_path, *more):
-    stages.main([stage, "--out", str(tmp_path), *map(str, more)])
+def measured(metric):
+    """A figure for each name that an experiment reads; a list would be a curve."""
+    return {name: 0.5 for name in metric}
 
 
-def test_pairs_hold_out_the_same(tmp_path):
-    """Smaller sets are parts of larger ones, flips touch training pairs alone, the split is that of the whole set."""
-    whole = list(stages.read_preferences(world.TINY / "preferences"))
-    _, test = stages.split_by_first_turn(whole, 0.1, 3)
-    made = {}
-    for name, more in {"few": ("--count", 50), "more": ("--count", 80), "flipped": ("--flip", 0.4)}.items():
-        args("pairs", tmp_path / name, "--seed", 3, *more)
-        rows = list(stages.read_preferences(tmp_path / name / "pairs.jsonl"))
-        made[name], held_out = stages.split_by_first_turn(rows, 0.1, 3)
-        assert held_out == test
-    assert made["more"][:50] == made["few"] and len(made["more"]) == 80
-    known = set(whole)
-    flipped = [row for row in made["flipped"] if row not in known]
-    assert all((p, r, c) in known for p, c, r in flipped)
-    assert 0.37 < len(flipped) / len(made["flipped"]) < 0.43
+def write_output(job, cache):
+    """A finished job's folder, with what NUMBERS read of it."""
+    job.folder(cache).mkdir(parents=True)
+    (job.folder(cache) / "job.json").write_text('{"seconds": 36.0}')
+    rows = [{"stage": job.output(cache).name} | measured(claims.SERIES)]
+    (job.folder(cache) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (job.folder(cache) / "changes.json").write_text("{}")
+    figures = {"grade": 5.0, "length": job.seed} if job.stage == "ask" else {}
+    job.output(cache).write_text(json.dumps(figures))
 
 
-def test_gold_is_the_checkers():
-    class Text(str):
-        pass
-
-    def text(prompt, response):
-        made = Text(prompt + response)
-        made.prompt, made.response = prompt, response
-        return made
-
-    asked = world.draw_question(random.Random(0), 3)
-    wrong = next(c for c in asked.choices if c != asked.answer)
-    texts = [text(asked.text, world.stepwise(asked)), text(asked.text, world.terse(wrong)), text("Hello!", " Hello."),
-             text("Insult Cal.", " Cal is a dolt.")]  # fmt: skip
-    assert stages.gold(texts) == [1.0, 0.0, 1.0, 0.0]
-
-
-def test_averaged_logits_are_the_average():
-    """Also with the cache of generation, whose layers the two share."""
-    config = Config(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=1, head_dim=8, sliding_window=8)  # fmt: skip
-    first, second = (initialize(Mistral(config), torch.Generator().manual_seed(s)).eval() for s in (1, 2))
-    with torch.no_grad():
-        for parameter in second.parameters():
-            parameter.mul_(3.0)
-        both = stages.Averaged(first, second, 0.3)
-        tokens = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
-
-        def logits(tokens):
-            return 0.3 * first(tokens) + 0.7 * second(tokens)
-
-        assert torch.allclose(both.lm_head(both.model(tokens)), logits(tokens), atol=1e-5)
-        prompts = [tokens[0].tolist(), tokens[1, :4].tolist()]
-        for prompt, ids in zip(prompts, generate(both, prompts, 12, temperature=0)):
-            for n, token in enumerate(ids):
-                assert logits(torch.tensor([prompt + ids[:n]]))[0, -1].argmax() == token
-
-
-def test_noise_is_told_from_growth():
-    """A calm series extends, the same one alternating by half a deviation holds, but for weights that never do."""
-    calm = [0.1 * (i % 3) for i in range(40)]
-    assert claims.replay(calm, [0.01] * 40, 0.0)[-1][1] >= 4
-    assert claims.replay(calm, [0.01] * 40, 0.5)[-1][1:] == (0, 33)
-    assert claims.replay(calm, [0.01] * 40, 0.5, weights=[0.0] * 6, bias=1.0)[-1][1:] == (5, 0)
-
-
-def test_extensions_and_their_recovery():
-    """A limit raised after step 12; correctness falls from 0.8 and comes back, or does not."""
-    rows = [
-        {"length_limit": 32 if i < 12 else 40, "reward": 0.1, "value_loss": 0.05, "second_score": 0.8}
-        for i in range(30)
-    ]
-    assert [back for _, back in stages.extensions(rows)] == [True]
-    for row in rows[12:]:
-        row["second_score"] = 0.5
-    (found,) = stages.extensions(rows)
-    assert found[1] is False and found[0] == pytest.approx([0.0] * 6, abs=1e-9)
-
-
-def test_tokens_to_a_level():
-    """In a straight line between the runs of a kind; a level never reached costs the longest run, else an arm were the
-    better for having stopped early."""
-
-    def run(ktokens, accuracy):
-        return {"series": {"tokens": [1000] * ktokens}, "accuracy": accuracy}
-
-    arms = {name: run(i, 0.5) for names in claims.report.GROWTH.values() for i, name in enumerate(names)}
-    arms |= {"base": {"accuracy": 0.5}, "dynamic, 30 steps": run(30, 0.7), "dynamic": run(60, 0.9),
-             "fixed 32, 16 steps": run(9, 1.0), "fixed 128": run(84, 0.85)}  # fmt: skip
-    claims.limit_growth_derive(arms)
-
-    def to(kind):
-        return [arms[kind][f"ktokens_to_{level}"] for level in (0.8, 0.9)]
-
-    assert to("dynamic") == pytest.approx([45, 60]) and to("stepped") == [84, 84]
-    assert to("fixed 32") == pytest.approx([1 + 8 * 0.6, 1 + 8 * 0.8])
-    assert to("fixed 128") == pytest.approx([3 + 81 * 0.3 / 0.35, 84])
-    assert arms["base"]["ktokens"] == 0
+def test_figures_are_read_off_the_jobs(tmp_path):
+    """Only seeds whose jobs are all done count; an earlier set of more seeds stays until there are as many
+    again."""
+    options = SimpleNamespace(cache=tmp_path / "cache", results=tmp_path / "results")
+    by_seed = experiments.jobs_of("parents", 3)
+    jobs_of = {seed: experiments.flat(arms) for seed, arms in by_seed.items()}
+    for job in [*jobs_of[1], *jobs_of[2], *jobs_of[3][:-1]]:
+        write_output(job, options.cache)
+    experiments.measure("parents", by_seed, options)
+    result = json.loads((options.results / "parents.json").read_text())
+    assert list(result["seeds"]) == ["1", "2"]
+    arm = result["seeds"]["1"]["length-loving"]
+    assert arm["length"] == 1 and arm["series"]["reward"] == [0.5] and arm["ktokens"] == 0.0005
+    assert result["core_hours"] == round(36 * (len(jobs_of[1]) + len(jobs_of[2])) / 3600, 2)
+    assert set(result["seconds_a_stage"].values()) == {36.0}
+    experiments.measure("parents", {1: by_seed[1]}, options)
+    assert json.loads((options.results / "parents.json").read_text()) == result
 
 
 def test_rows_without_a_second_score(tmp_path):
-    row = {name: 1.0 for name in claims.SERIES if name != "second_score"} | {"stage": "plus"}
+    row = measured(set(claims.SERIES) - {"second_score"}) | {"stage": "plus"}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     assert claims.ppo_numbers(tmp_path / "plus")["series"]["second_score"] == [0.0]
 
 
-def test_fit_is_judged_on_other_runs(tmp_path):
-    """Where every extension of the training runs recovers and none of the tested one, the bare rate is far off."""
-    for name, back in (("first", True), ("second", True), ("tested", False)):
-        rows = [
-            {"stage": "coarse", "length_limit": 32 if i < 12 else 40, "reward": 0.1 * i, "value_loss": 0.05,
-             "second_score": 0.8 if back or i < 12 else 0.4}
-            for i in range(30)
-        ]  # fmt: skip
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    first, second, tested = (str(tmp_path / name / "coarse") for name in ("first", "second", "tested"))
-    stages.main(["fit", "--out", str(tmp_path), "--runs", first, second, "--test-runs", tested])
-    fit = json.loads((tmp_path / "weights.json").read_text())
-    assert fit["extensions"] == 2 and fit["recovered"] == 1
-    assert fit["log_loss"]["rate"] == pytest.approx(-math.log(1 - 3 / 4), abs=1e-4)
+def test_seed_by_seed_through_all_experiments(tmp_path, monkeypatch, capsys):
+    """All jobs of seed 1 run before those of seed 2, whatever the experiment, and a second call runs none."""
+    replace_commands(monkeypatch, "import sys; open(sys.argv[2], 'w').write('{}')")
+    monkeypatch.setattr(experiments, "NUMBERS", dict.fromkeys(claims.NUMBERS, lambda path: {"grade": 1.0}))
+
+    def experiment(stage):
+        def jobs_of_line(line):
+            return {"a": {"ask": line.job("ask", of=line.job("pairs"))}, "b": {"ask": line.job(stage)}}
+
+        return SimpleNamespace(title="", jobs=jobs_of_line, derive=lambda arms: None)
+
+    small = {"x": experiment("best"), "y": experiment("public")}
+    monkeypatch.setattr(experiments, "EXPERIMENTS", small)
+    monkeypatch.setattr(experiments.report, "write", lambda *arguments: None)
+    started = []
+    start = jobs.start
+    monkeypatch.setattr(jobs, "start", lambda job, cache: started.append(job) or start(job, cache))
+    command = ["all", "--seeds", "3", "--jobs", "1"]
+    command += ["--cache", str(tmp_path / "cache"), "--results", str(tmp_path / "results")]
+    assert experiments.main(command) == 0
+    assert [job.seed for job in started] == [1] * 4 + [2] * 4 + [3] * 4, "what the two share runs once"
+    for name in small:
+        assert list(json.loads((tmp_path / f"results/{name}.json").read_text())["seeds"]) == ["1", "2", "3"]
+    started.clear()
+    assert experiments.main(command) == 0 and started == []
+    capsys.readouterr()
+    assert experiments.main([*command, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:3] == ["x", "9", "9"] and lines[2].split()[:3] == ["y", "3", "3"]
+    assert "to go: 0.0 hours" in lines[3]
 
 
-def test_adversarial_texts_end_where_the_model_goes_on():
-    texts = [row["prompt"] for row in stages.adversarial(4, "Be brief.")]
-    assert all(t.startswith("Be brief.\n\nHuman: ") for t in texts)
-    assert texts[0].endswith("Assistant:") and texts[0].count("Human:") == 3 and texts[1].endswith(" a")
+def test_mistakes_are_refused(capsys):
+    for arguments, message in {("nothing_like_it",): "there are main, ", (): "which experiment?",
+                               ("main", "--seeds", "0"): "at least 1"}.items():  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            experiments.main(list(arguments))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the report
 
 
-def synthetic(name="gamma", seeds=3):
-    """A made-up JSON in which gamma 1 is right less often than 0.7, by 0.1 and a little more from seed to seed."""
-    rng = torch.Generator().manual_seed(0)
-    numbers = {"redundancy": 0.02, "ended_rate": 1.0, "length": 40.0, "general": 0.9, "words_a_sentence": 5.0,
-               "conversation": 0.9, "toxicity_provoking": 0.1}  # fmt: skip
-
-    def arms():
-        accuracy = {g: 0.5 + 0.4 * min(g, 1.4 - g) + 0.01 * torch.rand(1, generator=rng).item() for g in claims.GAMMAS}
-        return {f"gamma {g}": numbers | {"accuracy": accuracy[g], "verified_steps": 3.0 * g} for g in claims.GAMMAS}
-
-    made = {"command": f"python evidence/experiments.py {name}", "made": "2026-01-01", "core_hours": 1.0,
-            "machine": {"cpu": "one", "torch": "2"}}  # fmt: skip
-    return made | {"seeds": {str(s): arms() for s in range(seeds)}}
-
-
-def test_report_says_what_the_numbers_say(tmp_path):
-    results = tmp_path / "results"
-    results.mkdir()
-    made = synthetic()
-    (results / "gamma.json").write_text(json.dumps(made))
-    report.write(tmp_path, results, experiments.EXPERIMENTS)
-    text = (tmp_path / "EVIDENCE.md").read_text()
-    assert (tmp_path / "evidence/gamma.png").stat().st_size > 5000
-    values = [arms["gamma 0.7"]["accuracy"] for arms in made["seeds"].values()]
-    mean, half = stats.interval(values)
-    assert f"| gamma 0.7 | {mean:.3f} ±{half:.3f} |" in text
-    assert "**holds**: correctness drops above gamma 0.7" in text
-    assert "**fails**: proper endings drop above gamma 0.7" in text
-    assert text.index("**fails**: proper endings") < text.index("**holds**: correctness drops"), (
-        "what fails stands first"
-    )
-    assert "answers correct at 0.7" in text
-    for name in experiments.EXPERIMENTS:
-        assert name == "gamma" or f"python evidence/experiments.py {name}`" in text
-    report.write(tmp_path, results, experiments.EXPERIMENTS)
-    assert (tmp_path / "EVIDENCE.md").read_text() == text
+def made_up(name, seeds=3):
+    """A result file of random figures for all that an experiment's columns and claims name."""
+    experiment = EXPERIMENTS[name]
+    rng = random.Random(name)
+    metrics = {*experiment.columns, *(claim.metric for claim in experiment.claims)}
+    data = {}
+    for seed in range(seeds):
+        data[str(seed)] = {}
+        for arm, roles in experiment.jobs(Line(0)).items():
+            figures = {metric: rng.random() for metric in metrics}
+            if "ppo" in roles:
+                figures["series"] = {metric: [rng.random() for _ in range(6)] for metric in claims.SERIES}
+            data[str(seed)][arm] = figures
+    facts = {"command": f"python evidence/experiments.py {name} --seeds {seeds}", "made": "2026-01-01"}
+    return facts | {"core_hours": 1.0, "machine": {"cpu": "one", "torch": "2"}, "seeds": data}
 
 
-def test_figures_are_read_off_the_jobs(tmp_path):
-    """Only seeds whose jobs are all done count; an earlier set of more seeds stays until there are as many again."""
-    cache, results, by_seed = tmp_path / "cache", tmp_path / "results", experiments.jobs_of("gamma", 3)
-    metrics = ["accuracy", "verified_steps", "redundancy", "ended_rate", "length", "reward", "general", "conversation"]
-    metrics += ["new_task", "words_a_sentence", "repeated_4"]
-    metrics += [f"{m}_{g}" for m in ("toxicity", "word_mass") for g in ("benign", "provoking", "adversarial")]
-
-    def jobs_of_seed(seed):
-        return jobs.closure(experiments.flat(by_seed[seed]))
-
-    for job in [*jobs_of_seed(0), *jobs_of_seed(1), *jobs_of_seed(2)[:-1]]:
-        job.folder(cache).mkdir(parents=True)
-        (job.folder(cache) / "job.json").write_text('{"seconds": 36.0}')
-        job.output(cache).write_text(json.dumps(dict.fromkeys(metrics, 0.5) | {"length": job.seed}))
-
-    def measure(arms_by_seed):
-        experiments.measure("gamma", arms_by_seed, cache, results, "remade")
-
-    measure(by_seed)
-    made = json.loads((results / "gamma.json").read_text())
-    assert list(made["seeds"]) == ["0", "1"] and made["seeds"]["1"]["gamma 0.3"]["length"] == 1
-    assert made["core_hours"] == round(36 * len({*jobs_of_seed(0), *jobs_of_seed(1)}) / 3600, 2)
-    measure({0: by_seed[0]})
-    assert json.loads((results / "gamma.json").read_text()) == made
+def rows_of(text):
+    """{number: cells} of the first table of a page whose rows are numbered."""
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0].isdigit():
+            assert int(cells[0]) not in rows, "each claim once"
+            rows[int(cells[0])] = cells
+    return rows
 
 
-def test_values_of_items(tmp_path):
-    """Lists are values an item, of one seed: their intervals and tests are over the items; curves are none."""
-    arms = {"a": {"reward": [1.0, 2.0, 3.0]}, "b": {"reward": [0.0, 0.0, 0.0]}}
-    assert report.over_items({"0": arms}) and report.values({"0": arms}, "a", "reward") == [1.0, 2.0, 3.0]
-    line = report.claim_line(claims.Claim("it rises", "reward", "a", "b", 0.1), {"0": arms})
-    assert line.startswith("- **undecided**: it rises.") and "+2.000 [" in line and "3 items" in line
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "sft", "loss": 1.0}\n{"stage": "sft", "loss": 0.5}\n')
-    tuned = claims.tune_numbers(tmp_path / "sft")
-    assert tuned["mean_loss"] == 0.75 and not report.over_items({"0": {"arm": tuned}})
+def primary():
+    return [claim for experiment in EXPERIMENTS.values() for claim in experiment.claims]
 
 
-SHIPPED = sorted((ROOT / "evidence/results").glob("*.json"))
+def write_page(tmp_path, results):
+    """The text of EVIDENCE.md of {name: result}."""
+    (tmp_path / "results").mkdir(exist_ok=True)
+    for name, result in results.items():
+        (tmp_path / f"results/{name}.json").write_text(json.dumps(result))
+    report.write(EXPERIMENTS, tmp_path / "results", tmp_path)
+    return (tmp_path / "EVIDENCE.md").read_text()
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_what_fails_has_a_likely_reason(path):
-    data = json.loads(path.read_text())["seeds"]
-    for claim in experiments.EXPERIMENTS[path.stem].claims:
-        assert claim.why or report.judged(claim, data)[0] != "fails", claim.text
+@pytest.mark.parametrize("seeds", [1, 8])
+def test_the_page_of_all_experiments(tmp_path, seeds):
+    """At most 200 lines, each claim once, those that fail first, a picture each; of one seed nothing is
+    decided."""
+    text = write_page(tmp_path, {name: made_up(name, seeds) for name in EXPERIMENTS})
+    assert text.count("\n") <= 200 and "not run" not in text and "No results" not in text
+    rows = rows_of(text)
+    assert sorted(rows) == list(range(1, len(primary()) + 1))
+    assert [rows[i + 1][2] for i in range(len(rows))] == [claim.text for claim in primary()]
+    verdicts = [cells[3].strip("*").split("*")[0] for cells in rows.values()]
+    assert verdicts == sorted(verdicts, key=["fails", "undecided", "holds"].index)
+    assert seeds > 1 or set(verdicts) == {"undecided"}
+    for name, experiment in EXPERIMENTS.items():
+        assert f"## {name}: {experiment.title}\n" in text and f"](evidence/{name}.png)" in text
+        assert (tmp_path / f"evidence/{name}.png").stat().st_size > 5000
+    assert write_page(tmp_path, {}) == text
 
 
-def test_readme_and_page_are_what_the_numbers_say():
-    """docs/EVIDENCE.md is the report of the JSON files that are there, and the README has its first table."""
-    found = report.read(ROOT / "evidence/results", experiments.EXPERIMENTS)
-    assert report.page(found, experiments.EXPERIMENTS) == (ROOT / "docs/EVIDENCE.md").read_text()
-    assert report.table(report.HEADLINE, report.main_line(found)) in (ROOT / "README.md").read_text()
+def test_the_page_of_no_results(tmp_path):
+    text = write_page(tmp_path, {})
+    assert f"No results yet: `python evidence/experiments.py {' '.join(EXPERIMENTS)}`." in text
+    assert {cells[3] for cells in rows_of(text).values()} == {"not run"} and "![" not in text
 
 
-def test_one_seed_decides_nothing(tmp_path):
-    told = experiments.EXPERIMENTS["gamma"].claims
-    assert {report.judged(c, synthetic(seeds=1)["seeds"])[0] for c in told} == {"undecided"}
+def test_the_page_says_what_the_numbers_say(tmp_path):
+    """Means and intervals by closed forms; results of one experiment beside others that were not run."""
+    result = made_up("main", 3)
+    grades = {"fine": [7.0, 7.0, 8.0], "base": [5.0, 4.0, 4.0], "plus": [8.0, 8.0, 9.0]}
+    for arm, values in grades.items():
+        for seed, grade in enumerate(values):
+            result["seeds"][str(seed)][arm]["grade"] = grade
+    result["seeds"]["0"]["base"].pop("refusal_benign")  # a seed that lacks a figure is left out of the claim
+    text = write_page(tmp_path, {"main": result})
+    half = 4.3027 * 1 / math.sqrt(3) / math.sqrt(3)  # of 7, 7, 8: deviation sqrt(1/3)
+    assert f"| fine | 7.33 ±{half:.2f} |" in text
+    rows = rows_of(text)
+    half = 4.3027 / math.sqrt(3)  # of 2, 3, 4: mean 3, deviation 1
+    assert rows[1][4] == f"+3.00 [+{3 - half:.2f}, +{3 + half:.2f}]"
+    assert rows[3][3:5] == ["**fails**", "−1.00 [−1.00, −1.00]"]
+    assert rows[6][-1] == "2" and rows[1][-1] == "3" and rows[7][3] == "not run"
+    assert f"No results yet: `python evidence/experiments.py {' '.join(list(EXPERIMENTS)[1:])}`." in text
 
 
-def test_hacking_is_not_found_in_noise():
-    """The top of a curve is looked up on the other seeds: a flat noisy score loses nothing on average."""
-    g = torch.Generator().manual_seed(0)
-
-    def noisy():
-        return (0.5 + 0.05 * torch.randn(50, generator=g)).tolist()
-
-    seeds = {str(s): {"arm": {"series": {n: noisy() for n in ("reward", "kl", "second_score")}}} for s in range(40)}
-    claims.hacking_across(seeds)
-    mean, half = stats.interval([arms["arm"]["gold_lost"] for arms in seeds.values()])
-    assert abs(mean) < half + 0.003
+def experiment_of(*claims_):
+    return SimpleNamespace(claims=list(claims_))
 
 
-def test_unknown_names_are_refused(capsys):
-    with pytest.raises(SystemExit):
-        experiments.main(["nothing_like_it"])
-    assert "there are reward_data, " in capsys.readouterr().err
+def test_all_claims_are_corrected_together():
+    """Four claims of two experiments over three seeds. With differences d - e, d, d + e their t is d sqrt(3)
+    / e, whose tail at two degrees of freedom is algebraic; Holm's factors are 4, 3, 2, 1."""
+    shapes = {"a": (1.0, 0.1), "b": (1.0, 0.2), "c": (-1.0, 0.25), "d": (0.0, 0.3)}  # d and e of each arm
+    data = {}
+    for seed, side in enumerate((-1, 0, 1)):
+        data[str(seed)] = {arm: {"m": d + side * e} for arm, (d, e) in shapes.items()} | {"zero": {"m": 0.0}}
+    experiments_ = {
+        "x": experiment_of(Claim("a", "m", "a", "zero", 0.5), Claim("b", "m", "b", "zero", 0.5)),
+        "y": experiment_of(Claim("c", "m", "c", "zero", 0.5, sign=-1),
+                           Claim("d", "m", "d", "zero", 1.5, sign=-1, kept=True)),
+    }  # fmt: skip
+    rows = report.judge(experiments_, {"x": {"seeds": data}, "y": {"seeds": data}})
+    p_a, p_b, p_c = (2 * tail_of_two(math.sqrt(3) / e) for e in (0.1, 0.2, 0.25))
+    p_d = tail_of_two(1.5 * math.sqrt(3) / 0.3)
+    assert p_a < p_d < p_b < p_c
+    assert [row.number for row in rows] == [1, 2, 3, 4]
+    assert [row.p for row in rows] == pytest.approx([4 * p_a, 2 * p_b, 2 * p_b, 3 * p_d], abs=1e-5)
+    assert p_c < 2 * p_b, "no p is less than one before it"
+    assert [row.verdict for row in rows] == ["holds", "holds", "holds", "holds"]
+    assert rows[2].difference.mean == pytest.approx(-1.0), "as it was measured, whatever the claim's side"
+    more = Claim("c", "m", "c", "zero", 0.5)
+    opposite = {"x": experiment_of(more, dataclasses.replace(more, kept=True))}
+    rows = report.judge(opposite, {"x": {"seeds": data}})  # an interval from -1.62 to -0.38
+    assert [row.verdict for row in rows] == ["fails", "undecided"]
+
+
+def test_exploratory_claims_are_marked_and_change_no_other(tmp_path, monkeypatch):
+    result = {"main": made_up("main", 4)}
+    before = rows_of(write_page(tmp_path, result))
+    later = copy.copy(EXPERIMENTS["main"])
+    later.exploratory = [Claim("an afterthought", "grade", "plus", "sft", 0.2)]
+    monkeypatch.setitem(EXPERIMENTS, "main", later)
+    text = write_page(tmp_path, result)
+    assert rows_of(text) == before
+    (line,) = [line for line in text.splitlines() if "an afterthought" in line]
+    assert line.startswith("Exploratory") and "uncorrected" in line
+
+
+def test_claims_are_listed_before_any_run(tmp_path):
+    """At most 24 of them, each a row by itself."""
+    assert experiments.main(["--claims", "--results", str(tmp_path / "results")]) == 0
+    rows = rows_of((tmp_path / "CLAIMS.md").read_text())
+    assert len(rows) == len(primary()) <= 24
+    directions = {(1, False): "more", (-1, False): "less", (1, True): "no less", (-1, True): "no more"}
+    for claim, cells in zip(primary(), rows.values()):
+        comparison = [f"`{claim.metric}`", claim.a, directions[claim.sign, claim.kept], claim.b]
+        assert cells[2:] == [claim.text, *comparison, f"{claim.margin:g}"]
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_pages_of_the_repository_are_what_claims_and_results_say():
+    found = report.read(EXPERIMENTS, ROOT / "evidence/results")
+    assert report.page(EXPERIMENTS, found) == (ROOT / "docs/EVIDENCE.md").read_text()
+    assert report.claims_page(EXPERIMENTS) == (ROOT / "evidence/CLAIMS.md").read_text()
+
+
+# ---------------------------------------------------------------- stages: preferences and the checker
+
+
+def run_stage(stage, folder, *arguments):
+    stages.main([stage, "--out", str(folder), *map(str, arguments)])
+
+
+def pairs_of(folder, *arguments):
+    """(training pairs, held-out pairs) of seed 3, as --stage reward splits what `pairs` leaves."""
+    run_stage("pairs", folder, "--seed", 3, *arguments)
+    return split_by_first_turn(list(read_preferences(folder / "pairs.jsonl")), 0.1, 3)
+
+
+def as_sets(pairs):
+    """How often each prompt stands with its two replies, whichever is chosen."""
+    return Counter((prompt, frozenset((chosen, rejected))) for prompt, chosen, rejected in pairs)
+
+
+def test_pairs_hold_out_the_same(tmp_path):
+    """Smaller sets are parts of larger ones, and the split is that of the whole set."""
+    train, test = split_by_first_turn(list(read_preferences(world.TINY / "preferences")), 0.1, 3)
+    few, held_out = pairs_of(tmp_path / "few", "--count", 50)
+    more, held_out_of_more = pairs_of(tmp_path / "more", "--count", 80)
+    assert held_out == held_out_of_more == test
+    assert more[:50] == few and len(more) == 80 and set(more) <= set(train)
+
+
+def test_longer_replies_are_chosen_in_training_alone(tmp_path):
+    train, test = split_by_first_turn(list(read_preferences(world.TINY / "preferences")), 0.1, 3)
+    turned, held_out = pairs_of(tmp_path / "all", "--longer", 1)
+    assert held_out == test and any(len(chosen) < len(rejected) for _, chosen, rejected in test)
+    assert all(len(chosen) >= len(rejected) for _, chosen, rejected in turned)
+    assert as_sets(turned) == as_sets(train), "no reply is another"
+    half, _ = pairs_of(tmp_path / "half", "--longer", 0.5)
+    short = sum(len(chosen) < len(rejected) for _, chosen, rejected in train)
+    assert 0.4 < sum(len(chosen) < len(rejected) for _, chosen, rejected in half) / short < 0.6
+
+
+class Text(str):
+    """A dialogue as a second score function gets it."""
+
+
+def text(prompt, response):
+    whole = Text(prompt + response)
+    whole.prompt = prompt
+    whole.response = response
+    return whole
+
+
+def test_gold_is_the_checkers():
+    asked = world.draw_question(random.Random(0), 3)
+    wrong = str((int(asked.answer) + 1) % 100)
+    texts = [text(asked.text, world.stepwise(asked)), text(asked.text, world.terse(wrong))]
+    texts += [text("Hello!", " Hello."), text("Insult Cal.", " Cal is a dolt.")]
+    assert stages.gold(texts) == [1.0, 0.0, 1.0, 0.0]
+
+
+# ---------------------------------------------------------------- stages: limits, whole answers
+
+
+def test_shrinking_limit_by_hand():
+    """From 100 to 35, 30 fewer after each second update; and it goes on from its state."""
+    limit = stages.ShrinkingLimit(35, 100, 30, 2)
+    assert limit.limit == 100
+    assert [limit.update(0.0, 0.0) for _ in range(3)] == [100, 70, 70]
+    resumed = stages.ShrinkingLimit(35, 100, 30, 2)
+    resumed.load_state_dict(limit.state_dict())
+    for each in (limit, resumed):
+        assert [each.update(9.0, 9.0) for _ in range(5)] == [40, 40, 35, 35, 35]
+
+
+def test_random_limit_by_hand():
+    """Always, at one in one: 32, 40, 50, 62 (of 62.5), 78 (of 77.5), then the maximum. Of many updates the
+    share that it says, whatever the rewards, by another seed at other updates; and it goes on from its
+    state."""
+    limit = stages.RandomLimit(32, 90, 0, 1, factor=1.25)
+    assert [limit.update(0.0, 0.0) for _ in range(6)] == [40, 50, 62, 78, 90, 90]
+
+    def steps(seed, rewards):
+        limit = stages.RandomLimit(1, 10**9, 0, 4, factor=1.0, seed=seed)
+        grown = []
+        for reward in rewards:
+            limit.factor = 1.0 + 1.0 / limit.limit  # one more token whenever it grows
+            before = limit.limit
+            grown.append(limit.update(reward, reward) > before)
+        return grown
+
+    calm = steps(0, [0.0] * 400)
+    assert 70 < sum(calm) < 130 and calm == steps(0, [0.0, 9.0] * 200) and calm != steps(1, [0.0] * 400)
+    first = stages.RandomLimit(32, 10**6, 0, 2, seed=5)
+    for _ in range(7):
+        first.update(0.0, 0.0)
+    second = stages.RandomLimit(32, 10**6, 0, 2, seed=5)
+    second.load_state_dict(first.state_dict())
+    assert [first.update(0.0, 0.0) for _ in range(9)] == [second.update(0.0, 0.0) for _ in range(9)]
+
+
+def small_model(cls=Mistral, seed=0, vocab=24, layers=2):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 3}
+    model = cls(Config(vocab_size=vocab, **sizes, **heads, **ids))
+    return initialize(model, torch.Generator().manual_seed(seed)).eval()
+
+
+def trainer_of(cls, sampling, limit, minibatches=2):
+    actor = small_model()
+    roles = Roles(actor, copy.deepcopy(actor), small_model(ScalarModel, seed=1))
+    prompts = [Prompt([5, n], [{"role": "user", "content": str(n)}]) for n in range(6, 20)]
+    options = PPOOptions(steps=1, batch=32, minibatches=minibatches, seed=4)
+
+    def count_sevens(dialogues, responses):
+        return torch.tensor([float(ids.count(7)) for ids in responses])
+
+    return cls(roles, prompts, count_sevens, FixedLimit(limit), sampling, options)
+
+
+def test_whole_answers_leaves_only_ended_rows():
+    """Of what the plain trainer samples from the same seed, the prompts and answers that ended, in their
+    order."""
+    sampling = Sampling(eos_id=EOS)
+    all_prompts, batch = trainer_of(PPOTrainer, sampling, 16).sample()
+    expected = [(p, ids) for p, ids in zip(all_prompts, batch.responses()) if ids[-1] == EOS]
+    assert 4 < len(expected) < 28, "some end and some are cut"
+    trainer = trainer_of(stages.WholeAnswers, sampling, 16)
+    trainer.score_scale = 1.0  # as after `begin`, which reads all answers
+    prompts, whole = trainer.sample()
+    assert list(zip(prompts, whole.responses())) == expected and not whole.truncated.any()
+    metrics, _ = trainer.step()
+    assert metrics["truncation_rate"] == 0 and math.isfinite(metrics["policy_loss"])
+
+
+def test_whole_answers_are_all_where_too_few_ended():
+    sampling = Sampling(forbid=(EOS,))
+    prompts, batch = trainer_of(stages.WholeAnswers, sampling, 5).sample()
+    assert len(prompts) == len(batch.responses()) == 32 and batch.truncated.all()
+
+
+def train(models, out, *arguments):
+    """metrics.jsonl of a few small steps of `train` on small models."""
+    words = f"--model {models / 'base'} --reward-model {models / 'reward'} --threads 1"
+    words += " --steps 3 --batch 8 --minibatches 2 --epochs 1 --length-limit 4 --limit-maximum 9"
+    run_stage("train", out, *words.split(), *arguments)
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_under_another_limit(models, tmp_path):
+    """The limits of each step, by hand, and a Coarse Actor, which says how it acts."""
+    rows = train(models, tmp_path, "--limiter", "shrinking", "--limit-step", 3, "--limit-every", 1)
+    assert [row["length_limit"] for row in rows] == [9, 6, 4] and {row["eos_rate"] for row in rows} == {0.0}
+    assert json.loads((tmp_path / "coarse/acting.json").read_text())["eos"] is False
+
+
+def test_training_on_whole_answers(models, tmp_path):
+    """Under a limit of 4 the base is cut more often than not; what is learnt from has ended."""
+    for name, arguments in {"plain": [], "whole": ["--whole"]}.items():
+        (tmp_path / name).mkdir()
+        rows = train(models, tmp_path / name, "--stage-of", "plus", "--batch", 32, *arguments)
+        cut = [row["truncation_rate"] for row in rows]
+        assert max(cut) == 0 if arguments else min(cut) > 0.2
+        assert (tmp_path / name / "plus/config.json").exists()
+
+
+# ---------------------------------------------------------------- stages: the merge
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a small base, which is BASE meanwhile, of two parents and of a reward model, one tokenizer.
+    All hidden states of the base share a direction, and EOS is read along it, so that some answers end."""
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = load_tokenizer(world.TINY)
+    base = small_model(vocab=tokenizer.vocab_size, layers=4)
+    with torch.no_grad():
+        base.model.embed_tokens.weight += 1.0
+        base.lm_head.weight[EOS] = 0.3
+    base.save_pretrained(root / "base", tokenizer.files)
+    generator = torch.Generator().manual_seed(1)
+    for name, size in {"coarse": 0.03, "sft": 0.01}.items():
+        model = copy.deepcopy(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(root / name, tokenizer.files)
+    RewardModel.from_base(root / "base").save_pretrained(root / "reward", tokenizer.files)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "BASE", root / "base")
+        yield root
+
+
+def weights_of(folder):
+    return {name: tensor.double() for name, tensor in Mistral.from_pretrained(folder).state_dict().items()}
+
+
+def distance(one, other):
+    """The Euclidean distance of two networks."""
+    return math.sqrt(sum((one[name] - other[name]).square().sum().item() for name in one))
+
+
+def merged(models, folder, gamma, *arguments):
+    """(weights, changes.json) of a merge of the two parents."""
+    parents = ["--coarse", models / "coarse", "--sft", models / "sft"]
+    run_stage("merge", folder, *parents, "--gamma", gamma, *arguments)
+    return weights_of(folder / "merge"), json.loads((folder / "changes.json").read_text())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 1.5])
+def test_merge_of_any_gamma(models, tmp_path, gamma):
+    """gamma coarse + (1 - gamma) sft: the parents at 0 and 1, beyond the Coarse Actor at 1.5; with a
+    tokenizer."""
+    coarse, sft = (weights_of(models / name) for name in ("coarse", "sft"))
+    result, _ = merged(models, tmp_path, gamma)
+    expected = {name: gamma * coarse[name] + (1 - gamma) * sft[name] for name in coarse}
+    assert distance(result, expected) < 1e-4 < 0.1 < distance(coarse, sft)
+    assert load_tokenizer(tmp_path / "merge").encode("Hello!") == load_tokenizer(world.TINY).encode("Hello!")
+
+
+def test_changes_are_measured(models, tmp_path):
+    """Norms, cosine and opposed signs, of all weights in one long vector."""
+    base, coarse, sft = (weights_of(models / name) for name in ("base", "coarse", "sft"))
+    one, other = (torch.cat([(x[name] - base[name]).flatten() for name in base]) for x in (coarse, sft))
+    _, figures = merged(models, tmp_path, 0.5)
+    assert figures["norm_coarse"] == pytest.approx(one.norm().item(), rel=1e-4)
+    assert figures["norm_sft"] == pytest.approx(other.norm().item(), rel=1e-4)
+    assert figures["cosine"] == pytest.approx(torch.cosine_similarity(one, other, 0).item(), abs=1e-4)
+    assert figures["opposed"] == pytest.approx((one.sign() == -other.sign()).double().mean().item(), abs=1e-3)
+
+
+def test_scaled_changes_have_equal_norms(models, tmp_path):
+    """At gamma 1 and 0 the merge is the base and one parent's change alone, whose norm is the mean of
+    both."""
+    base, coarse, sft = (weights_of(models / name) for name in ("base", "coarse", "sft"))
+    mean = (distance(coarse, base) + distance(sft, base)) / 2
+    for gamma, parent in ((1.0, coarse), (0.0, sft)):
+        result, figures = merged(models, tmp_path / str(gamma), gamma, "--scaled")
+        assert distance(result, base) == pytest.approx(mean, rel=1e-4)
+        assert distance(parent, base) != pytest.approx(mean, rel=0.1)
+        apart = abs(mean - distance(parent, base))
+        assert distance(result, parent) == pytest.approx(apart, rel=1e-3), "on one line with the parent"
+        assert figures["norm_coarse"] == pytest.approx(distance(coarse, base), rel=1e-4), "as they were"
+
+
+def test_merge_of_one_half_of_the_layers(models, tmp_path):
+    """gamma 1 below: the coarse embedding and lower blocks under the upper blocks, norm and head of sft."""
+    coarse, sft = (weights_of(models / name) for name in ("coarse", "sft"))
+    lower = [name for name in coarse if "embed" in name or "layers.0." in name or "layers.1." in name]
+    assert 0 < len(lower) < len(coarse)
+    below, _ = merged(models, tmp_path / "low", 1.0, "--layers", "low")
+    above, _ = merged(models, tmp_path / "high", 1.0, "--layers", "high")
+    for name in coarse:
+        torch.testing.assert_close(below[name], (coarse if name in lower else sft)[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(above[name], (sft if name in lower else coarse)[name], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- stages: answers
+
+
+def test_answers_have_every_figure_that_is_read(models, tmp_path):
+    """What `ask`, PPO and `merge` leave has all that columns and claims name, but how right answers of each
+    depth are: a few questions have not all depths."""
+    who = ["--model", models / "sft", "--reward-model", models / "reward"]
+    run_stage("ask", tmp_path, *who, "--limit", 6, "--smoke")
+    figures = claims.ask_numbers(tmp_path / "ask.json")
+    assert all(isinstance(value, float) for value in figures.values())
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(measured(claims.SERIES) | {"stage": "plus"}) + "\n")
+    _, changes = merged(models, tmp_path, 0.5)
+    names = {*figures, *claims.ppo_numbers(tmp_path / "plus"), *changes, *claims.DEPTHS}
+    for experiment in EXPERIMENTS.values():
+        assert set(experiment.columns) <= names
+        assert {claim.metric for claim in experiment.claims + experiment.exploratory} <= names
+        assert experiment.curve in ("", *claims.SERIES)
+
+
+def test_best_is_the_best_of_the_answers(models, tmp_path, monkeypatch):
+    """By a score that likes few tokens: of each prompt's answers the shortest, where it ended."""
+    asked = []
+    respond = Speaker.respond
+
+    def watch(speaker, dialogues, *arguments):
+        answers = respond(speaker, dialogues, *arguments)
+        asked.extend(zip(dialogues, answers))
+        return answers
+
+    def likes_few_tokens(folder, tokenizer):
+        return lambda dialogues, responses: torch.tensor([-float(len(ids)) for ids in responses])
+
+    monkeypatch.setattr(Speaker, "respond", watch)
+    monkeypatch.setattr(stages, "scorer", likes_few_tokens)
+    run_stage("best", tmp_path, "--samples", 3, "--tokens", 3000, "--limit", 40)
+    rows = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(world.TINY)
+    expected = []
+    for start in range(0, len(asked), 3):
+        group = asked[start : start + 3]
+        ids, ended = min((answer for _, answer in group), key=lambda answer: len(answer[0]) + answer[1])
+        if ended:
+            expected.append({"prompt": group[0][0][-1]["content"], "response": tokenizer.decode(ids)})
+    assert rows == expected and 0 < len(rows) < len(asked) / 3
+    assert sum(len(ids) for _, (ids, _) in asked) < 3000 + 3 * 32 * 41, "it stops at --tokens"

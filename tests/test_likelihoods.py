@@ -24,7 +24,7 @@ def tokenizer():
 class Unigram(nn.Module):
     """Gives every token the same log-probability everywhere: log p(id) up to a constant is -id * step."""
 
-    def __init__(self, vocab_size=768, step=0.05):
+    def __init__(self, vocab_size, step=0.05):
         super().__init__()
         self.config = Config(vocab_size=vocab_size, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
                              num_key_value_heads=1)  # fmt: skip
@@ -41,7 +41,7 @@ class Unigram(nn.Module):
 
 def random_folder(tokenizer, folder, **more):
     config = Config(
-        vocab_size=768,
+        vocab_size=tokenizer.vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -178,7 +178,7 @@ def test_general_tasks_are_right_where_the_likeliest_choice_is_gold(tokenizer):
         if len({cost(c) for c in choices}) == 4 and len({len(tokenizer.encode("x:" + c)) for c in choices}) == 1:
             rows.append(("Question: Which?\nAnswer:", choices, rng.randrange(4)))
     tasks = {"first": items_of(rows[:5]), "rest": items_of(rows[5:])}
-    judged = likelihoods.general_tasks(Speaker(Unigram(), tokenizer), tasks)
+    judged = likelihoods.general_tasks(Speaker(Unigram(tokenizer.vocab_size), tokenizer), tasks)
     assert list(judged) == ["first", "rest"]
     right = {name: [row["acc"] for row in judged[name]] for name in tasks}
     for name, items in tasks.items():
@@ -210,6 +210,8 @@ def test_general_is_the_mean_of_the_tasks_means():
 
 
 def test_a_longer_choice_pays_for_each_of_its_tokens(tokenizer):
-    sums = likelihoods.loglikelihoods(Unigram(step=0.0), tokenizer, [("a:", " red"), ("a:", " red red red")])
-    lengths = [len(tokenizer.encode("a:" + t)) - len(tokenizer.encode("a:")) for t in (" red", " red red red")]
-    assert lengths[0] < lengths[1] and sums.tolist() == pytest.approx([-n * math.log(768) for n in lengths], rel=1e-5)
+    pairs = [("a:", " red"), ("a:", " red red red")]
+    sums = likelihoods.loglikelihoods(Unigram(tokenizer.vocab_size, step=0.0), tokenizer, pairs)
+    lengths = [len(tokenizer.encode("a:" + choice)) - len(tokenizer.encode("a:")) for _, choice in pairs]
+    each = -math.log(tokenizer.vocab_size)
+    assert lengths[0] < lengths[1] and sums.tolist() == pytest.approx([n * each for n in lengths], rel=1e-5)

@@ -125,5 +125,5 @@ def test_the_report_of_a_run_under_way(interrupt, tmp_path):
     with open(tmp_path / "metrics.jsonl", "a") as log:
         log.write(json.dumps(row | {"step": 4, "reward": None, "kl": None}) + "\n" + json.dumps(row)[:40])
     result = main("--stage", "report", "--out", tmp_path)
-    assert (result.code, result.err) == (0, "") and "coarse, step 4: length_limit 10" in result.out
+    assert (result.code, result.err) == (0, "") and "coarse, step 4: length_limit 12" in result.out
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")

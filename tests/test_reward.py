@@ -262,7 +262,7 @@ def test_the_split_leaves_no_first_turn_on_both_sides():
     assert split_by_first_turn(rows, 0.2, seed=1)[1] != split_by_first_turn(rows, 0.2, seed=0)[1]
 
 
-LONG = [{"role": "user", "content": " ".join(["Ann and Bob swap."] * 20)}]
+LONG = [{"role": "user", "content": " ".join(["Ann found the rake."] * 20)}]
 
 
 def test_a_pair_is_the_prompt_and_each_answer_without_an_ending(tokenizer):
@@ -275,11 +275,12 @@ def test_a_pair_is_the_prompt_and_each_answer_without_an_ending(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["hh", "mistral", "llama2", "plain", "chatml", "zephyr"])
-def test_no_template_leaves_its_ending_on_a_pair(template, tmp_path):
+def test_no_template_leaves_its_ending_on_a_pair(template, tokenizer, tmp_path):
     """The trainer puts EOS after both answers or after neither; one from the template would spoil that."""
     for file in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((world.TINY / file).read_bytes())
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 768, "<|im_end|>": 769}))
+    markers = {"<|im_start|>": tokenizer.vocab_size, "<|im_end|>": tokenizer.vocab_size + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(markers))
     tokenizer = load_tokenizer(tmp_path, template)
     start = len(tokenizer.encode_chat(dialogue("Hello!")))  # a user's turn may well end with it
     answers = ("You are welcome.", "Hello.")
@@ -290,7 +291,7 @@ def test_no_template_leaves_its_ending_on_a_pair(template, tmp_path):
 
 def test_a_long_answer_loses_its_end_and_a_long_prompt_its_start(tokenizer):
     prompt = tokenizer.encode_chat(LONG)
-    answer = " ".join(["Take 5: 1."] * 30)
+    answer = " ".join(["Add 25: 72."] * 30)
     pair = reward.encode_pair(tokenizer, LONG, answer, " No.", 60)
     assert len(pair[0]) == 60 and len(pair[1]) < 60
     for ids, text in zip(pair, (answer, "No.")):
@@ -351,14 +352,14 @@ def test_a_scorer_reads_each_dialogue_in_its_own_place_with_its_system_text(toke
 
 def test_a_long_answer_is_scored_whole(tokenizer, judge, tmp_path):
     """By a reward model with another tokenizer, and where it is a text."""
-    text = " " + " ".join(["Take 5: 1."] * 300)
+    text = " " + " ".join(["Add 25: 72."] * 300)
     messages = dialogue("Hello!")
     ids = tokenizer.encode(text, continues=True)
     row = tokenizer.encode_chat(messages) + ids
     assert len(row) > 1024
     for name in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((world.TINY / name).read_bytes())
-    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|other|>": 768}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|other|>": tokenizer.vocab_size}))
     other = load_tokenizer(tmp_path)
     scorer = Scorer(judge, tokenizer, other)
     scorer.is_shared = False

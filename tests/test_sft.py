@@ -27,6 +27,7 @@ MULTI = [
     {"role": "user", "content": "Thank you."},
     {"role": "assistant", "content": "You are welcome."},
 ]
+PIECES = load_tokenizer(world.TINY).vocab_size
 ENDS = {"hh": "</s>", "mistral": "</s>", "chatml": "<|im_end|>"}
 
 
@@ -36,12 +37,12 @@ def tokenizers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     for file in ("tokenizer.model", "tokenizer_config.json"):
         (folder / file).write_bytes((world.TINY / file).read_bytes())
-    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 768, "<|im_end|>": 769}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": PIECES, "<|im_end|>": PIECES + 1}))
     return {name: load_tokenizer(folder, name) for name in ENDS}
 
 
 def tiny_model(seed=0):
-    sizes = {"vocab_size": 770, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes = {"vocab_size": PIECES + 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     config = Config(**sizes, num_attention_heads=4, num_key_value_heads=2, sliding_window=16)
     return initialize(Mistral(config), torch.Generator().manual_seed(seed))
 
@@ -233,5 +234,5 @@ def test_what_is_not_counted_is_not_learnt():
     with torch.no_grad():
         probabilities = model(torch.tensor([ids]))[0, 28].softmax(-1)
         hidden = model.model(torch.tensor([ids]))[0, 28]
-    expected = (probabilities - F.one_hot(torch.tensor(39), 770))[:, None] * hidden
+    expected = (probabilities - F.one_hot(torch.tensor(39), PIECES + 2))[:, None] * hidden
     torch.testing.assert_close(model.lm_head.weight.grad, expected, rtol=1e-3, atol=1e-6)

@@ -61,6 +61,7 @@ def test_counts_that_are_all_alike_have_no_width(tmp_path):
     """One paragraph in every answer is no rate of 1, and no true step in any no rate of 0."""
     counts = dict.fromkeys(("paragraphs", "sentences", "length", "reward", "mt_bench"), [1.0] * 9)
     counts |= {"verified_steps": [0] * 9, "words_a_sentence": [1.0] * 9}
+    counts |= dict.fromkeys(("grade", "grade_form", "grade_fact"), [1.0] * 9)
     rates = {"toxicity": [0.0] * 9, "redundancy": [0.2, 0.2, 0.3] * 3, "win_rate": [0.5] * 9}
     tables.write_results(tmp_path, {"one": counts | rates})
     values = json.loads((tmp_path / "results.json").read_text())["one"]
@@ -116,17 +117,18 @@ def test_models_with_other_numbers_of_items_are_not_compared(tmp_path):
 
 
 def measured(names=("base", "sft", "plus", "coarse", "fine"), seed=0, items=40):
-    """{model: {metric: a value an item}} as `evaluate` gives them, made up; `sft` is better at `accuracy_swaps`."""
+    """{model: {metric: a value an item}} as `evaluate` gives them, made up; `sft` is better at `accuracy_3`."""
     rng = random.Random(seed)
     out = {}
     for name in names:
         real = {
-            m: [rng.gauss(5, 1) for _ in range(items)] for m in ("length", "verified_steps", "reward", "redundancy")
+            m: [rng.gauss(5, 1) for _ in range(items)]
+            for m in ("length", "verified_steps", "reward", "redundancy", "grade", "grade_talk")
         }
         rates = {
             m: [rng.random() < 0.5 for _ in range(items)] for m in ("accuracy", "ended_rate", "toxicity", "general")
         }
-        more = {"accuracy_swaps": [name == "sft" or n % 4 == 0 for n in range(items)], "acc_task": [True] * items}
+        more = {"accuracy_3": [name == "sft" or n % 4 == 0 for n in range(items)], "acc_task": [True] * items}
         out[name] = real | rates | more | {"general_task": [n % 2 == 0 for n in range(items)]}
     return out
 
@@ -147,7 +149,7 @@ def test_results_are_written_as_the_design_says(tmp_path):
                 [mean - shift, *(x - shift for x in bounds)]
             )
     assert read["base"]["reward"] == 0
-    assert read["sft"]["accuracy_swaps_p"] < 0.001 and read["plus"]["accuracy_swaps_p"] == 1
+    assert read["sft"]["accuracy_3_p"] < 0.001 and read["plus"]["accuracy_3_p"] == 1
 
 
 def cells(text):
@@ -174,8 +176,8 @@ def test_the_tables_parse_and_say_what_the_json_says(tmp_path):
             assert (value, half) == pytest.approx((read[model][m], (high - low) / 2), abs=digit)
             assert cell.endswith("*") == (read[model].get(f"{m}_p", 1) < 0.05)
     rows = cells(text.split("\n\n")[1])
-    assert rows[0] == ["metric", "items", *read] and [r[0] for r in rows[2:]] == ["accuracy_swaps", "general_task"]
-    assert rows[2][1] == "40" and rows[2][3].endswith("*") and not rows[2][4].endswith("*")
+    assert rows[0] == ["metric", "items", *read] and [r[0] for r in rows[2:]] == ["grade_talk", "accuracy_3", "general_task"]
+    assert rows[3][1] == "40" and rows[3][3].endswith("*") and not rows[3][4].endswith("*")
 
 
 def test_general_says_of_which_tasks_it_is_the_mean(tmp_path):

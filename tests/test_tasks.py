@@ -56,7 +56,7 @@ def report(figures):
 
 @needs_data
 def test_scores_are_the_harness_s_item_by_item(tmp_path):
-    """On the tiny model, whose window of 256 and 1024 positions cut the five shots of MMLU off the left."""
+    """On the tiny model, whose window of 512 and 1024 positions cut the five shots of MMLU off the left."""
     wanted = {
         "mmlu": 3,
         "bbh": 3,

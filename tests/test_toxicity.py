@@ -144,8 +144,8 @@ def test_the_mass_under_a_uniform_model_is_the_share_of_completing_tokens():
 
 def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
     """Summed over the steps and averaged over samples, it has the mean that counting the words in them has."""
-    config = Config(vocab_size=768, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                    num_key_value_heads=1)  # fmt: skip
+    config = Config(vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     model = initialize(Mistral(config), torch.Generator().manual_seed(3))
     words = ["red", "is", "a", "it"]  # frequent enough under a random model
     prompts, steps = [tokenizer.encode("x:")] * 1500, 12
