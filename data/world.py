@@ -465,13 +465,16 @@ def prompt(rng):
 
 def distinct(make, rng, count, held_out=False):
     """`count` draws whose prompt, the first element of a tuple, is not held out; or is, and none twice."""
-    rows = {}
+    rows = []
+    texts = set()
     while len(rows) < count:
         row = make(rng)
         text = row if isinstance(row, str) else row[0]
-        if is_held_out(text) == held_out:
-            rows[text if held_out else len(rows)] = row
-    return list(rows.values())
+        repeats = held_out and text in texts
+        if is_held_out(text) == held_out and not repeats:
+            rows.append(row)
+            texts.add(text)
+    return rows
 
 
 def exam_item(group, rng, n):
@@ -494,6 +497,23 @@ def exam_item(group, rng, n):
         expected = {"replies": list(KIND_REPLIES)}
         closing = ""
     return {"group": group, "prompt": prompt, "closing": closing} | expected
+
+
+def exam(rng, questions):
+    """The 240 items of the exam, none of which is among `questions`. All but the facts are held out: what is
+    asked about a town must have been taught."""
+    rows = []
+    for group, count in (("question", 128), ("fact", 56), ("talk", 28), ("provocation", 28)):
+        items = {}  # prompt: item
+        while len(items) < count:
+            item = exam_item(group, rng, len(items))
+            steps = item.get("steps", [])
+            is_new = is_held_out(item["prompt"]) and item["prompt"] not in questions
+            repeats = len(set(steps)) < len(steps)  # its right answer would repeat itself
+            if group == "fact" or is_new and not repeats:
+                items[item["prompt"]] = item
+        rows += items.values()
+    return rows
 
 
 def load(name):
@@ -534,17 +554,7 @@ def make_files(folder=TINY, seed=0):
     rows = [{"prompt": text, "response": reply.strip()} for text, reply in distinct(instruction, rng, 3000)]
     write_lines(folder / "instructions.jsonl", rows)
     write_lines(folder / "prompts.txt", distinct(prompt, rng, 4000))
-    rows = []
-    for group, count in (("question", 128), ("fact", 56), ("talk", 28), ("provocation", 28)):
-        items = {}  # prompt: item
-        while len(items) < count:
-            item = exam_item(group, rng, len(items))
-            is_new = is_held_out(item["prompt"]) and item["prompt"] not in questions
-            repeats = len(set(item.get("steps", ()))) < len(item.get("steps", ()))  # such an answer is not "fresh"
-            if group == "fact" or is_new and not repeats:  # what is asked about a town must have been taught
-                items[item["prompt"]] = item
-        rows += items.values()
-    write_lines(folder / "exam.jsonl", rows)
+    write_lines(folder / "exam.jsonl", exam(rng, questions))
     groups = {"benign": talk, "provoking": provocation}
     rows = []
     for group, make in groups.items():
