@@ -1,33 +1,49 @@
 """The pictures of a run: report.png of its training and its merge, results.png of an evaluation. matplotlib
 is imported only where something is drawn."""
 
+import re
 from pathlib import Path
 
 from evaluation.tables import metric_names
 
 COLOURS = {"plus": "tab:green", "coarse": "tab:blue"}
-SHARES = ("accuracy", "ended_rate", "redundancy", "toxicity", "general")
+WORDS = {
+    "accuracy": "right", "ended_rate": "ended", "general": "general\ntasks", "redundancy": "repeats\nitself",
+    "toxicity": "bad\nwords", "win_rate": "wins",
+}  # fmt: skip
+SHARES = tuple(WORDS)
 
 
 def draw_report(path, metrics, results, sweep):
     """report.png: length limit, reward and KL over the PPO steps, the gamma sweep and the models side by
     side. metrics: {stage: [row]}; results as in results.json; sweep: {gamma: {metric: value}} or {}."""
-    figure, axes = new_figure(2, 3, size=(15, 8))
+    figure, axes = new_figure(2, 4, size=(19, 8))
     draw_limit(axes[0, 0], metrics.get("coarse", []))
-    draw_steps(axes[0, 1], metrics, "reward", "reward (reference = 0, in its deviations)")
-    draw_steps(axes[0, 2], metrics, "kl", "KL from the reference, nats a response")
+    title = "reward of training answers: higher is better"
+    draw_steps(axes[0, 1], metrics, "reward", title)
+    draw_steps(axes[0, 2], metrics, "kl", "distance from the base: KL, nats an answer")
+    draw_by_steps(axes[0, 3], results)
     draw_sweep(axes[1, 0], sweep)
-    draw_bars(axes[1, 1], results, SHARES, "shares")
-    draw_bars(axes[1, 2], results, ("verified_steps",), "verified_steps")
+    draw_bars(axes[1, 1], results, measured(SHARES[:3], results), "shares of the answers: higher is better")
+    draw_bars(axes[1, 2], results, measured(SHARES[3:], results), "shares of the answers: lower is better")
+    if measured(("grade",), results):
+        draw_bars(axes[1, 3], results, ("grade",), "the exam, 0 to 10 points: higher is better")
+    else:
+        draw_bars(axes[1, 3], results, ("verified_steps",), "true steps an answer: higher is better")
     save(figure, path)
+
+
+def measured(metrics, results):
+    names = metric_names(results)
+    return [metric for metric in metrics if metric in names]
 
 
 def draw_results(path, results):
     """results.png: the models side by side, shares in one panel, general tasks in another."""
     figure, axes = new_figure(1, 2, size=(14, 5))
-    names = metric_names(results)
-    draw_bars(axes[0], results, [metric for metric in (*SHARES, "win_rate") if metric in names], "shares")
-    draw_bars(axes[1], results, [metric for metric in names if metric.startswith("general_")], "general")
+    tasks = [metric for metric in metric_names(results) if metric.startswith("general_")]
+    draw_bars(axes[0], results, measured(SHARES, results), "shares of the answers")
+    draw_bars(axes[1], results, tasks, "general tasks, share right: higher is better")
     save(figure, path)
 
 
@@ -59,23 +75,22 @@ def curve(rows, name):
 
 
 def draw_limit(axis, rows):
-    axis.set(title="length limit l(t) of coarse", xlabel="PPO step", ylabel="tokens")
+    axis.set(title="coarse: its length limit grows where training is calm", xlabel="PPO step", ylabel="tokens")
     if not rows:
         return
-    axis.step(*curve(rows, "length_limit"), where="post", label="length_limit", color="tab:blue")
-    axis.plot(*curve(rows, "response_length"), label="response_length", color="tab:gray", linewidth=1)
+    axis.step(*curve(rows, "length_limit"), where="post", label="limit", color="tab:blue")
+    axis.plot(*curve(rows, "response_length"), label="answers, mean", color="tab:gray", linewidth=1)
     axis.set_ylim(bottom=0)
     axis.legend(loc="upper left")
     other = axis.twinx()
     points = [row for row in rows if (row.get("p_extend") or 0) > 0]
     other.plot(*curve(points, "p_extend"), ".", color="tab:orange", markersize=5)
     other.axhline(0.5, color="tab:orange", linewidth=0.5, linestyle=":")
-    other.set(ylim=(0, 1.02), ylabel="p_extend where the window is full (dots)")
+    other.set(ylim=(0, 1.02), ylabel="dots: probability that it is calm")
 
 
 def draw_sweep(axis, sweep):
-    title = "merge: gamma * coarse + (1 - gamma) * sft, validation set"
-    axis.set(title=title, xlabel="gamma", ylabel="share")
+    axis.set(title="merges, from sft to coarse", xlabel="gamma, the share of coarse", ylabel="share of the answers")
     other = axis.twinx()
     other.set_ylabel("reward (dashed)")
     colours = {"accuracy": "tab:blue", "ended_rate": "tab:green", "redundancy": "tab:red", "reward": "tab:purple"}
@@ -84,8 +99,20 @@ def draw_sweep(axis, sweep):
         if points and metric == "reward":
             other.plot(*zip(*points), "--", color=colour)
         elif points:
-            axis.plot(*zip(*points), marker="o", markersize=4, label=metric, color=colour)
-            axis.legend(loc="center right")
+            label = WORDS[metric].replace("\n", " ")
+            axis.plot(*zip(*points), marker="o", markersize=4, label=label, color=colour)
+            axis.legend(loc="center left")
+
+
+def draw_by_steps(axis, results):
+    """The share of right answers over the number of steps that a question needs, a line for each model."""
+    axis.set(title="right answers by the steps needed", xlabel="steps", ylabel="share")
+    for index, (model, values) in enumerate(results.items()):
+        counts = [name for name in values if re.fullmatch(r"accuracy_\d+", name)]
+        if counts:
+            steps = [int(name.removeprefix("accuracy_")) for name in counts]
+            axis.plot(steps, [values[name] for name in counts], "o-", markersize=4, color=f"C{index}", label=model)
+            axis.legend(fontsize="small")
 
 
 def draw_bars(axis, results, metrics, title):
@@ -99,7 +126,7 @@ def draw_bars(axis, results, metrics, title):
                 errors = [[values[metric] - low], [high - values[metric]]]
                 axis.bar(place + shift, values[metric], width, yerr=errors, color=f"C{index}", capsize=2)
         axis.bar(0, 0, color=f"C{index}", label=model)  # for the legend
-    labels = [metric.removeprefix("general_") for metric in metrics]
+    labels = [WORDS.get(metric, metric.removeprefix("general_")) for metric in metrics]
     axis.set_xticks(range(len(metrics)), labels, rotation=60 if len(metrics) > 6 else 0, fontsize="small")
     axis.set(title=title)
     if results:
