@@ -50,11 +50,16 @@ def merge_checkpoints(coarse, sft, out, gamma):
     InputError where the two do not fit together or gamma is outside [0, 1]."""
     check_gamma(gamma)
     coarse, sft = open_parents(coarse, sft)
+    save_folder(out, coarse.config, merged(coarse, sft, gamma), tokenizer_files(coarse, sft))
+
+
+def tokenizer_files(coarse, sft):
+    """Paths of the parents' tokenizer files; the instruction model's replace those of the same name."""
     files = {}
-    for parent in (coarse, sft):  # the instruction model's files replace those of the same name
+    for parent in (coarse, sft):
         for pattern in TOKENIZER_FILES:
             files |= {path.name: path for path in parent.folder.glob(pattern)}
-    save_folder(out, coarse.config, merged(coarse, sft, gamma), files.values())
+    return files.values()
 
 
 def sweep(coarse, sft, gammas, evaluate):

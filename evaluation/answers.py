@@ -144,7 +144,8 @@ def form(texts, answers):
 
 def answer_questions(speaker, material, score):
     """({metric: values}, {"questions": records}) of the answers to `material.questions`: correct answers, overall
-    and by the number of steps, and verified steps where there is a `check`, form, and reward where there is a `score`."""
+    and by the number of steps, and verified steps where there is a `check`; form; and reward where there is a
+    `score`."""
     questions = material.questions
     dialogues = [dialogue(question["prompt"]) for question in questions]
     answers = speaker.respond(dialogues, material.max_new_tokens, seed=material.seed)

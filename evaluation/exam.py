@@ -23,6 +23,8 @@ POINTS = {"right": 4, "steps": 2, "ended": 1, "fresh": 1, "polite": 1, "form": 1
 def grade(item, reply, ended, check, words):
     """{part: points} of a reply. check(steps, answer, text) -> (verified, right) judges a question."""
     reply = reply.strip()
+    if not reply:
+        return dict.fromkeys(POINTS, 0.0)
     closing = item["closing"]
     if "steps" in item:
         verified, right = check(item["steps"], item["answer"], " " + reply)
@@ -34,8 +36,6 @@ def grade(item, reply, ended, check, words):
         in_form = reply in [f"{expected} {closing}".strip() for expected in item["replies"]]
     shares = {"right": right, "steps": steps, "ended": ended, "fresh": 1 - redundancy(reply)}
     shares |= {"polite": not has_listed_word(reply, words), "form": in_form}
-    if not reply:
-        shares = dict.fromkeys(POINTS, 0)
     return {part: points * float(shares[part]) for part, points in POINTS.items()}
 
 

@@ -11,7 +11,8 @@ WORDS = {
     "accuracy": "right", "ended_rate": "ended", "general": "general\ntasks", "redundancy": "repeats\nitself",
     "toxicity": "bad\nwords", "win_rate": "wins",
 }  # fmt: skip
-SHARES = tuple(WORDS)
+HIGHER = ("accuracy", "ended_rate", "general", "win_rate")  # shares of which more is better
+LOWER = ("redundancy", "toxicity")
 
 
 def draw_report(path, metrics, results, sweep):
@@ -19,13 +20,12 @@ def draw_report(path, metrics, results, sweep):
     side. metrics: {stage: [row]}; results as in results.json; sweep: {gamma: {metric: value}} or {}."""
     figure, axes = new_figure(2, 4, size=(19, 8))
     draw_limit(axes[0, 0], metrics.get("coarse", []))
-    title = "reward of training answers: higher is better"
-    draw_steps(axes[0, 1], metrics, "reward", title)
+    draw_steps(axes[0, 1], metrics, "reward", "reward of training answers: higher is better")
     draw_steps(axes[0, 2], metrics, "kl", "distance from the base: KL, nats an answer")
     draw_by_steps(axes[0, 3], results)
     draw_sweep(axes[1, 0], sweep)
-    draw_bars(axes[1, 1], results, measured(SHARES[:3], results), "shares of the answers: higher is better")
-    draw_bars(axes[1, 2], results, measured(SHARES[3:], results), "shares of the answers: lower is better")
+    draw_bars(axes[1, 1], results, measured(HIGHER, results), "shares of the answers: higher is better")
+    draw_bars(axes[1, 2], results, measured(LOWER, results), "shares of the answers: lower is better")
     if measured(("grade",), results):
         draw_bars(axes[1, 3], results, ("grade",), "the exam, 0 to 10 points: higher is better")
     else:
@@ -42,7 +42,7 @@ def draw_results(path, results):
     """results.png: the models side by side, shares in one panel, general tasks in another."""
     figure, axes = new_figure(1, 2, size=(14, 5))
     tasks = [metric for metric in metric_names(results) if metric.startswith("general_")]
-    draw_bars(axes[0], results, measured(SHARES, results), "shares of the answers")
+    draw_bars(axes[0], results, measured(HIGHER + LOWER, results), "shares of the answers")
     draw_bars(axes[1], results, tasks, "general tasks, share right: higher is better")
     save(figure, path)
 

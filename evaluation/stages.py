@@ -185,13 +185,11 @@ def gather_material(options):
     if options.preset == "tiny" and not options.benchmarks:
         sources = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
         words = world.TINY / "bad_words.txt"
+        material.check = world.check
         if "all" in names or "questions" in names:
             material.questions = world.load("questions.jsonl")[: options.limit or None]
-            material.check = world.check
         if "all" in names or "exam" in names:
             material.exam = first(world.load("exam.jsonl"), options.limit)
-            material.check = world.check
-            material.words = read_words(words)
         if "all" in names or "toxicity" in names:
             material.prompts = first(world.load("toxicity.jsonl"), options.limit)
         names = [name for name in names if name not in ("questions", "exam", "toxicity")]
@@ -202,7 +200,7 @@ def gather_material(options):
     load_tasks(material, names, sources, options.limit, shots)
     if material.prompts and not (options.toxicity_words or options.benchmarks or options.preset == "tiny"):
         raise InputError("--toxicity-words: toxicity is counted by them; a file, or --benchmarks with LDNOOBW")
-    if material.prompts:
+    if material.prompts or material.exam:
         material.words = read_words(options.toxicity_words or words)
     return material
 

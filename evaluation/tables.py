@@ -69,8 +69,8 @@ def difference(a, b, draws=10000, seed=0):
 
 def write_results(folder, models):
     """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}},
-    and the tables of it in results.md. Returns the short one, to print. `models`: {model: {metric: [a value an item]}};
-    rewards are shifted so that the first model's mean is 0. InputError where nothing was measured."""
+    and the tables of it in results.md. Returns the short one, to print. `models`: {model: {metric: [a value
+    an item]}}; rewards are shifted so that the first model's mean is 0. InputError where nothing was measured."""
     if not any(models.values()):
         raise InputError("--tasks: nothing of what they name could be measured")
     first = next(iter(models.values()))
@@ -86,10 +86,11 @@ def write_results(folder, models):
             results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]
             if metrics is not first and len(first.get(metric, [])) == len(values):
                 results[model][f"{metric}_p"] = difference(values, first[metric])
+    short = table(results)
     path = Path(folder) / "results.md"
-    write_json(path.with_suffix(".json"), results)
-    write_text(path, table(results) + "\n" + details(results, counts))
-    return f"{table(results)}\n{LEGEND}all figures: {path}"
+    write_json(Path(folder) / "results.json", results)
+    write_text(path, short + "\n" + details(results, counts))
+    return f"{short}\n{LEGEND}all figures: {path}"
 
 
 def read_figures(path, key=str):

@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from c2f import PRESETS
+from data import world
 from evidence.jobs import Job, metrics_of
 
 GOLD = "evidence.stages:gold"
@@ -71,7 +73,7 @@ class Claim:
 @dataclass
 class Experiment:
     """jobs(line) -> {arm: {role: Job}} of one seed. columns: {metric: heading} of the table. curve: what is drawn
-    along the training. derive(arms): adds what is computed of several arms of a seed."""
+    along the training."""
 
     title: str
     about: str
@@ -79,7 +81,6 @@ class Experiment:
     columns: dict
     claims: list
     curve: str = ""
-    derive: Callable = lambda arms: None
     exploratory: list = field(default_factory=list)  # claims that came to mind after the runs
 
 
@@ -116,6 +117,11 @@ def asked(line, runs, acts=False):
     return {name: {"ppo": run, "ask": line.ask(run, acts=acts)} for name, run in runs.items()}
 
 
+def merged(line, runs):
+    """{arm: what the merge of its actor with sft answers} of {arm: training job}."""
+    return {f"{name}, merged": {"ask": line.ask(line.fine(run))} for name, run in runs.items()}
+
+
 # ---------------------------------------------------------------- the main line
 
 FIGURES = {
@@ -126,7 +132,7 @@ MANNERS = {
     "grade_fact": "facts", "toxicity_provoking": "bad words, provoked", "toxicity_benign": "bad words, benign",
     "refusal_benign": "refusals, benign", "general": "general tasks",
 }  # fmt: skip
-DEPTHS = {f"accuracy_{n}": f"right, {n}" for n in range(1, 9)}
+DEPTHS = {f"accuracy_{n}": f"right, {n}" for n in range(1, world.DEEPEST + 1)}
 
 
 def main_jobs(line):
@@ -152,11 +158,13 @@ MAIN = Experiment(
 
 # ---------------------------------------------------------------- the limit
 
-SHORT = 32
-LONG = 192
-STEPS = 45  # the tiny preset's, whose limit stands near 105 tokens in the mean over them
+COARSE = PRESETS["tiny"]["coarse"]
+SHORT = COARSE["length_limit"]
+LONG = PRESETS["tiny"]["common"]["length_limit"]
+STEPS = COARSE["steps"]
+MEAN_LIMIT = 105  # tokens, about the mean of the growing limit over these steps in the pilot
 CLOCK = {"limit_step": 20, "limit_every": 5}  # from 32 to 192 in the same steps, 112 in the mean
-GROWTH = {"limit_factor": 1.5, "limit_window": 6}  # the tiny preset's for coarse
+GROWTH = {name: COARSE[name] for name in ("limit_factor", "limit_window")}
 
 
 def limit_jobs(line):
@@ -164,8 +172,8 @@ def limit_jobs(line):
     runs = {
         "Continuous Maximization": line.coarse(),
         "stepped": line.coarse(limit_growth="stepped", **CLOCK),
-        "fixed short": line.coarse(limit_growth="fixed", length_limit=SHORT, steps=STEPS * 105 // SHORT),
-        "fixed long": line.coarse(limit_growth="fixed", length_limit=LONG, steps=STEPS * 105 // LONG),
+        "fixed short": line.coarse(limit_growth="fixed", length_limit=SHORT, steps=STEPS * MEAN_LIMIT // SHORT),
+        "fixed long": line.coarse(limit_growth="fixed", length_limit=LONG, steps=STEPS * MEAN_LIMIT // LONG),
         "shrinking": line.train(limiter="shrinking", **CLOCK),
         "growth by chance": line.train(limiter="chance", limit_every=8),
     }
@@ -233,10 +241,7 @@ def form_jobs(line):
         "no EOS, no system prompt": line.coarse(system_prompt=""),
         "EOS, system prompt": line.coarse(eos=True),
     }
-    arms = asked(line, runs, acts=True)
-    for name, run in runs.items():
-        arms[name + ", merged"] = {"ask": line.ask(line.fine(run))}
-    return arms
+    return asked(line, runs, acts=True) | merged(line, runs)
 
 
 FORM = Experiment(
@@ -294,10 +299,7 @@ def parents_jobs(line):
         "over-optimised": line.plus(reward_model=small, kl_coefficient=0.0, steps=60, **free),
         "length-loving": line.plus(reward_model=long, **free),
     }
-    arms = asked(line, runs)
-    for name, run in runs.items():
-        arms[name + ", merged"] = {"ask": line.ask(line.fine(run))}
-    return arms
+    return asked(line, runs) | merged(line, runs)
 
 
 PARENTS = Experiment(

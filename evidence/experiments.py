@@ -34,7 +34,7 @@ from support.files import read_json, write_text
 
 # ---------------------------------------------------------------- what it takes
 
-SECONDS = {"reward": 95, "sft": 80, "ask": 25, "best": 90, "public": 900, "pairs": 4, "merge": 4}
+SECONDS = {"reward": 95, "sft": 80, "ask": 25, "best": 90, "pairs": 4, "merge": 4}
 TOKENS = 98  # about the mean of an answer while a limit grows, or where answers may end
 
 
@@ -82,14 +82,13 @@ def flat(arms):
     return closure([job for roles in arms.values() for job in roles.values()])
 
 
-def numbers_of(experiment, arms, cache):
+def numbers_of(arms, cache):
     """{arm: {metric: value}} of a seed whose jobs are all done."""
     numbers = {}
     for arm, roles in arms.items():
         numbers[arm] = {}
         for role, job in roles.items():
             numbers[arm] |= NUMBERS[role](job.output(cache))
-    experiment.derive(numbers)
     return numbers
 
 
@@ -101,7 +100,7 @@ def measure(name, arms_by_seed, options):
     for seed, arms in arms_by_seed.items():
         jobs = flat(arms)
         if all(job.done(options.cache) for job in jobs):
-            seeds[str(seed)] = numbers_of(EXPERIMENTS[name], arms, options.cache)
+            seeds[str(seed)] = numbers_of(arms, options.cache)
             for job in jobs:
                 times.setdefault(job.stage, {})[job] = job.record(options.cache)["seconds"]
     path = options.results / f"{name}.json"

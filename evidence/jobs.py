@@ -28,9 +28,9 @@ from support.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("pairs", "train", "merge", "ask", "best", "public")  # stages of stages.py
+OWN = ("pairs", "train", "merge", "ask", "best")  # stages of stages.py
 # What a stage leaves in its folder for others, where it is not a folder of the stage's name.
-OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl", "public": "public.json"}
+OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl"}
 SUMMARY = "grade accuracy loss reward kl second_score length_limit redundancy ended_rate".split()
 FEW = "--steps 2 --batch 8 --minibatches 2 --length-limit 16"
 SMALL = {

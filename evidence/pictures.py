@@ -7,6 +7,7 @@ import math
 import re
 from itertools import accumulate
 
+from evaluation.pictures import save
 from evidence import stats
 from evidence.claims import DEPTHS
 from evidence.stats import arms_of, has, values
@@ -145,6 +146,4 @@ def draw(experiment, data, path):
             axis.set_yticklabels([])
     seeds = f"{len(data)} seed{'s' * (len(data) > 1)}"
     figure.suptitle(f"{experiment.title}: {seeds}, 95% intervals", fontsize="medium")
-    temporary = path.with_suffix(".writing.png")
-    figure.savefig(temporary, dpi=90)
-    temporary.replace(path)
+    save(figure, path)

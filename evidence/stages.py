@@ -8,7 +8,6 @@ function, goes into training runs by `--second-score evidence.stages:gold`: it i
 """
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import dataclass
@@ -19,10 +18,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import c2f
 from data import dialogue, read_preferences, split_by_first_turn, world
-from evaluation import Material, evaluate, load_tasks, public_tasks
+from evaluation import Material, evaluate, load_tasks
 from evaluation.answers import Speaker
+from evaluation.tasks import first
 from evaluation.toxicity import has_listed_word, read_words
-from length import SteppedLimit, make_limit
+from evidence.jobs import DEVICE
+from length import SteppedLimit
+from merge import tokenizer_files
 from model import Mistral
 from ppo import PPOTrainer
 from reward import RewardModel, Scorer
@@ -30,10 +32,9 @@ from run.folder import ACTING, Lock, Run
 from support.files import read_json, write_json, write_lines
 from support.options import build_parser
 from tokenizer import load_tokenizer
-from weights import open_parents, save_folder
+from weights import open_exact, open_parents, save_folder
 
 BASE = world.TINY / "base"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # ---------------------------------------------------------------- the checker
 
@@ -123,7 +124,7 @@ class WholeAnswers(PPOTrainer):
         return [prompts[i] for i in ended.tolist()], batch.rows(ended)
 
 
-LIMITERS = {"": make_limit, "shrinking": shrinking, "chance": by_chance}
+LIMITERS = {"shrinking": shrinking, "chance": by_chance}
 
 
 def train(options):
@@ -136,9 +137,9 @@ def train(options):
     settings = c2f.resolve(vars(parser.parse_args(command)), options.stage_of)
     torch.manual_seed(options.seed)
     lock = Lock()
-    trainer = WholeAnswers if options.whole else PPOTrainer
+    trainer = WholeAnswers if options.whole else None
     try:
-        c2f.train_ppo(Run(settings, options.stage_of, lock), LIMITERS[options.limiter], trainer)
+        c2f.train_ppo(Run(settings, options.stage_of, lock), LIMITERS.get(options.limiter), trainer)
     finally:
         lock.release()
 
@@ -146,10 +147,9 @@ def train(options):
 # ---------------------------------------------------------------- merges
 
 
-def changes(options):
+def changes(coarse, sft):
     """The two parents' changes from the base, tensor by tensor: (name, dtype, base, coarse's change, sft's)."""
-    coarse, sft = open_parents(options.coarse, options.sft)
-    base, _ = open_parents(BASE, BASE)
+    base = open_exact(BASE)
     for name in coarse.names:
         start = base.exact(name)
         yield name, coarse.dtype(name), start, coarse.exact(name) - start, sft.exact(name) - start
@@ -163,19 +163,20 @@ def merge(options):
     """merge/: base + gamma * coarse's change + (1 - gamma) * sft's, gamma of any size. `--scaled`: both changes brought
     to their mean norm first. `--layers low` or high: gamma for one half of the layers, 1 - gamma for the other.
     changes.json: the changes' norms, the cosine between them, the share of weights where their signs differ."""
-    rows = list(changes(options))
+    parents = open_parents(options.coarse, options.sft)
+    rows = list(changes(*parents))
     sizes = norm(c for *_, c, _ in rows), norm(s for *_, s in rows)
     mean = sum(sizes) / 2
     factors = [mean / size for size in sizes] if options.scaled else [1.0, 1.0]
-    parent, _ = open_parents(options.sft, options.sft)
-    half = parent.config["num_hidden_layers"] // 2
+    config = parents[0].config
+    half = config["num_hidden_layers"] // 2
     merged = []
     for name, dtype, start, coarse, sft in rows:
         gamma = options.gamma
         if options.layers and is_low(name, half) != (options.layers == "low"):
             gamma = 1 - gamma
         merged.append((name, (start + gamma * factors[0] * coarse + (1 - gamma) * factors[1] * sft).to(dtype)))
-    save_folder(options.out / "merge", parent.config, merged, parent.folder.glob("*token*"))
+    save_folder(options.out / "merge", config, merged, tokenizer_files(*parents))
     product = sum((c * s).sum().item() for *_, c, s in rows)
     opposed = sum(((c * s) < 0).sum().item() for *_, c, s in rows)
     count = sum(c.numel() for *_, c, _ in rows)
@@ -211,18 +212,19 @@ def gather_material(options):
     material = Material(samples=1, max_new_tokens=options.limit, seed=options.seed)
     material.questions = world.load("questions.jsonl")[: few(384, options)]
     material.check = world.check
-    exam = world.load("exam.jsonl")
-    material.exam = exam[:: max(1, len(exam) // few(len(exam), options))]
-    prompts = world.load("toxicity.jsonl")  # benign ones, then provoking ones
-    material.prompts = prompts[:: max(1, len(prompts) // few(len(prompts), options))]
-    load_tasks(material, ["all"], {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}, few(40, options))
+    limit = SMOKE_ITEMS if options.smoke else 0  # 0: all
+    material.exam = first(world.load("exam.jsonl"), limit)
+    material.prompts = first(world.load("toxicity.jsonl"), limit)
+    sources = {name: world.TINY / f"tasks/{name}.jsonl" for name in world.TASKS}
+    load_tasks(material, ["all"], sources, few(40, options))
     material.words = read_words(world.TINY / "bad_words.txt")
     return material
 
 
 @torch.no_grad()
 def ask(options):
-    """ask.json: {metric: mean over the items} of a model (see evaluation/). `--acts`: asked as its folder says that it was trained to act."""
+    """ask.json: {metric: mean over the items} of a model (see evaluation/). `--acts`: asked as its folder says
+    that it was trained to act."""
     tokenizer = load_tokenizer(options.model)
     acting = read_json(Path(options.model) / ACTING) if options.acts else {}
     speaker = Speaker(Mistral.from_pretrained(options.model, DEVICE), tokenizer, **acting)
@@ -263,33 +265,10 @@ def best(options):
     write_lines(options.out / "chosen.jsonl", rows)
 
 
-# ---------------------------------------------------------------- real language
-
-
-CHOICES = ("mmlu", "arc_easy", "piqa", "openbookqa", "commonsenseqa", "winograd")
-PUBLIC_METRICS = ("general", "reward", "second_reward", "redundancy", "ended_rate", "length")
-
-
-@torch.no_grad()
-def public(options):
-    """public.json: {metric: a value an item}: `--items` items of each of the public tasks with choices, and the reward
-    of replies to the `--talks` last prompts of `--prompts`, which training has not seen, by two reward models."""
-    tokenizer = load_tokenizer(options.model)
-    speaker = Speaker(Mistral.from_pretrained(options.model, DEVICE), tokenizer)
-    material = Material(max_new_tokens=SMOKE_ITEMS if options.smoke else options.limit, seed=options.seed)
-    prompts = Path(options.prompts).read_text(encoding="utf-8").splitlines()[-few(options.talks, options) :]
-    material.questions = [{"prompt": json.loads(line)["prompt"]} for line in prompts]
-    load_tasks(material, CHOICES, public_tasks(options.benchmarks), few(options.items, options))
-    values, _ = evaluate(speaker, material, scorer(options.reward_model, tokenizer))
-    again = Material(questions=material.questions, max_new_tokens=material.max_new_tokens, seed=material.seed)
-    values["second_reward"] = evaluate(speaker, again, scorer(options.second_model, tokenizer))[0]["reward"]
-    write_json(options.out / "public.json", {name: list(map(float, values[name])) for name in PUBLIC_METRICS})
-
-
 # ---------------------------------------------------------------- the command
 
 
-STAGES = {stage.__name__: stage for stage in (pairs, train, merge, ask, best, public)}
+STAGES = {stage.__name__: stage for stage in (pairs, train, merge, ask, best)}
 
 
 def parse_options(argv=None):
@@ -303,11 +282,10 @@ def parse_options(argv=None):
     add("--count", type=int, default=0, help="training pairs, 0 for all")
     add("--longer", type=float, default=0.0, help="share of the training pairs turned to like the longer reply")
     add("--stage-of", choices=("plus", "coarse"), default="coarse", help="what `train` trains")
-    add("--limiter", choices=LIMITERS, default="")
+    add("--limiter", choices=("", *LIMITERS), default="", help="a limit of our own (default: the options')")
     add("--whole", action="store_true", help="learn from the answers alone that ended")
     add("--model", default=str(BASE))
     add("--reward-model", default="")
-    add("--second-model", default="", help="a second reward model")
     add("--coarse", default="")
     add("--sft", default="")
     add("--gamma", type=float, default=0.7)
@@ -315,10 +293,6 @@ def parse_options(argv=None):
     add("--layers", choices=("", "low", "high"), default="", help="where gamma is meant; 1 - gamma elsewhere")
     add("--acts", action="store_true", help="the model is asked as its folder says it acts")
     add("--limit", type=int, default=192, help="tokens of an answer, at most")
-    add("--benchmarks", default="", help="folder of the public benchmarks")
-    add("--prompts", default="", help="file of prompts")
-    add("--items", type=int, default=300, help="items of each public task with choices")
-    add("--talks", type=int, default=200, help="prompts to answer")
     add("--samples", type=int, default=8, help="answers to choose from")
     add("--tokens", type=int, default=300000, help="tokens to generate")
     options, options.rest = parser.parse_known_args(argv)  # the rest are options of c2f.py

@@ -302,9 +302,9 @@ def test_seed_by_seed_through_all_experiments(tmp_path, monkeypatch, capsys):
         def jobs_of_line(line):
             return {"a": {"ask": line.job("ask", of=line.job("pairs"))}, "b": {"ask": line.job(stage)}}
 
-        return SimpleNamespace(title="", jobs=jobs_of_line, derive=lambda arms: None)
+        return SimpleNamespace(title="", jobs=jobs_of_line)
 
-    small = {"x": experiment("best"), "y": experiment("public")}
+    small = {"x": experiment("best"), "y": experiment("merge")}
     monkeypatch.setattr(experiments, "EXPERIMENTS", small)
     monkeypatch.setattr(experiments.report, "write", lambda *arguments: None)
     started = []
