@@ -38,8 +38,12 @@ bench: .venv/ready-dev
 evidence: .venv/ready
 	$(VENV) evidence/experiments.py all
 
+# docs/TOUR.md with its pictures and numbers, from the run that make run left
+tour: .venv/ready
+	$(VENV) docs/tour/tour.py
+
 # everything there is to measure on a GPU, with the torch that is there: about 7 minutes on an H100
 bench-gpu:
 	$(PYTHON) bench/gpu_session.py --out bench/results/gpu --minutes 9
 
-.PHONY: run test test-cuda test-real test-faults bench bench-gpu evidence
+.PHONY: run test test-cuda test-real test-faults bench bench-gpu evidence tour

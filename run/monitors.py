@@ -58,7 +58,7 @@ MONITORS = {  # name: (whether it holds, its warning)
     "negative_kl": (
         lambda m: m.mean("kl_per_token") < -0.05,
         "the estimate of the KL stays negative, so the responses are no fair samples of the actor: the sampler and the "
-        "forward pass that trains disagree (see sampling_gap), or --lr is too high",
+        "forward pass that trains disagree (see sampling_gap)",
     ),
     "entropy": (
         Monitors.has_collapsed,

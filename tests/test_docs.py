@@ -29,7 +29,7 @@ from support.options import build_parser
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data", "evaluation", "run", "support", "tokenizer")
 FOLDERS = (*PACKAGES, "bench", "docs", "evidence", "tests")
-GUIDES = ("README.md", "docs/RUNNING.md", "docs/EVALUATING.md", "docs/LOG.md")
+GUIDES = ("README.md", "docs/TOUR.md", "docs/RUNNING.md", "docs/EVALUATING.md", "docs/LOG.md")
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")))
 PAGES = [name for name in PAGES if not name.startswith(".")]
 
@@ -120,6 +120,8 @@ def test_commands_can_be_given(name):
             assert re.search(f"^{words[0]}:", read("Makefile"), re.M), text
         elif program == "torchrun":
             check_script(words[words.index("c2f.py") :])
+        elif words[0] == "-c":
+            compile(words[1], name, "exec")
         elif words[0] == "-m":
             assert importlib.util.find_spec(words[1]), text
         else:
