@@ -72,7 +72,7 @@ class Claim:
 
 @dataclass
 class Experiment:
-    """jobs(line) -> {arm: {role: Job}} of one seed. columns: {metric: heading} of the table. curve: what is drawn
+    """jobs(line) -> {arm: {role: Job}} of one seed. columns: {metric: heading} of the table. curves: what is drawn
     along the training."""
 
     title: str
@@ -80,7 +80,7 @@ class Experiment:
     jobs: Callable
     columns: dict
     claims: list
-    curve: str = ""
+    curves: tuple = ()
     exploratory: list = field(default_factory=list)  # claims that came to mind after the runs
 
 
@@ -196,7 +196,7 @@ LIMIT = Experiment(
         beaten("growth by chance", "growth by chance"),
         beaten("shrinking", "a limit that shrinks"),
     ],
-    curve="length_limit",
+    curves=("length_limit", "second_score"),
 )  # fmt: skip
 
 # ---------------------------------------------------------------- answers that the limit cuts
@@ -313,7 +313,7 @@ PARENTS = Experiment(
         Claim("the merge shortens an actor that was taught to be long", "length",
               "length-loving, merged", "length-loving", 5.0, sign=-1),
     ],
-    curve="second_score",
+    curves=("second_score",),
 )  # fmt: skip
 
 # ---------------------------------------------------------------- Mistral-Plus and cheaper ways
@@ -344,3 +344,12 @@ PLUS = Experiment(
 EXPERIMENTS = {
     "main": MAIN, "limit": LIMIT, "merge": MERGE, "plus": PLUS, "form": FORM, "parents": PARENTS, "cut": CUT,
 }  # fmt: skip
+
+# ---------------------------------------------------------------- a real language model: smollm2.py
+
+SMOLLM2_CLAIMS = [
+    Claim("PPO raises the reward of replies to unseen prompts", "reward", "plus", "base", 0.2),
+    Claim("a reward model of other pairs agrees", "second", "plus", "base", 0.2),
+    Claim("PPO keeps general tasks", "general", "plus", "base", 0.02, kept=True),
+    Claim("the merge at 0.7 keeps the actor's reward", "reward", "gamma 0.7", "plus", 0.2, kept=True),
+]

@@ -1,7 +1,7 @@
 """The papers' claims as experiments on the tiny world, each by name.
 
     python evidence/experiments.py --list             what there is, what is done, hours to go
-    python evidence/experiments.py all                all of them, eight seeds, two processes at a time
+    python evidence/experiments.py all                all of them, six seeds, two processes at a time
     python evidence/experiments.py limit merge        these two
     python evidence/experiments.py --claims           CLAIMS.md: what is claimed, before anything runs
     python evidence/experiments.py --report           docs/EVIDENCE.md and its pictures from stored results
@@ -25,38 +25,26 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from c2f import PRESETS
 from evidence import report
 from evidence.claims import EXPERIMENTS, NUMBERS, Line
 from evidence.jobs import DEVICE, closure, priorities, run_all
 from run.folder import versions
 from support.files import read_json, write_text
 
+UNKNOWN = 60.0  # seconds expected of a stage that has never run
+
 # ---------------------------------------------------------------- what it takes
 
-SECONDS = {"reward": 95, "sft": 80, "ask": 25, "best": 90, "pairs": 4, "merge": 4}
-TOKENS = 98  # about the mean of an answer while a limit grows, or where answers may end
 
-
-def seconds(job):
-    """About what a job takes on one core of a 2026 server. A PPO step of 64 answers takes 1.2 s, and 0.038 s
-    for each token of their mean length."""
-    if job.stage in SECONDS:
-        return SECONDS[job.stage]
-    options = dict(job.options)
-    stage = options.get("stage_of", "coarse") if job.stage == "train" else job.stage
-    tokens = TOKENS
-    if options.get("limit_growth") == "fixed":
-        tokens = options["length_limit"]
-    elif stage == "plus":
-        tokens = min(tokens, options.get("length_limit", tokens))
-    steps = options.get("steps", PRESETS["tiny"][stage]["steps"])
-    return 10 + steps * (1.2 + 0.038 * tokens)
-
-
-def seconds_in(job, cache):
-    """The seconds that a job took, or else is expected to take."""
-    return job.record(cache).get("seconds") or seconds(job)
+def expected(jobs, cache):
+    """{job: CPU seconds}: what it took, or else the mean of the finished jobs of its stage."""
+    taken = {job: job.record(cache).get("seconds") for job in jobs}
+    by_stage = {}
+    for job, seconds in taken.items():
+        if seconds is not None:
+            by_stage.setdefault(job.stage, []).append(seconds)
+    means = {stage: sum(times) / len(times) for stage, times in by_stage.items()}
+    return {job: means.get(job.stage, UNKNOWN) if seconds is None else seconds for job, seconds in taken.items()}
 
 
 def machine():
@@ -126,7 +114,7 @@ def run(options):
     for name, arms_by_seed in plan.items():
         parts += [(name, set(flat(arms))) for arms in arms_by_seed.values()]
     jobs = set().union(*(jobs for _, jobs in parts))
-    chain = priorities(list(jobs), lambda job: seconds_in(job, options.cache))
+    chain = priorities(list(jobs), expected(jobs, options.cache))
     done = set()
 
     def on_done(job):
@@ -143,18 +131,18 @@ def run(options):
 
 def show(options):
     """Prints each experiment: its jobs, how many are done, hours of one core to go."""
-    earlier = set()
+    owner = {}  # {job: the first experiment that has it}
+    for name in options.names:
+        for arms in jobs_of(name, options.seeds, options.smoke).values():
+            owner |= {job: owner.get(job, name) for job in flat(arms)}
+    seconds = expected(owner, options.cache)
     total = 0.0
     print("experiment  jobs  done  core hours  to go  (without jobs of earlier lines)")
     for name in options.names:
-        jobs = set()
-        for arms in jobs_of(name, options.seeds, options.smoke).values():
-            jobs |= set(flat(arms))
-        jobs -= earlier
-        earlier |= jobs
+        jobs = [job for job in owner if owner[job] == name]
         rest = [job for job in jobs if not job.done(options.cache)]
-        hours = sum(seconds_in(job, options.cache) for job in jobs) / 3600
-        left = sum(map(seconds, rest)) / 3600
+        hours = sum(seconds[job] for job in jobs) / 3600
+        left = sum(seconds[job] for job in rest) / 3600
         total += left
         counts = f"{len(jobs):4}  {len(jobs) - len(rest):4}  {hours:10.2f}  {left:5.2f}"
         print(f"{name:10}  {counts}  {EXPERIMENTS[name].title}")
@@ -169,7 +157,7 @@ def parse_options(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"all, or of: {', '.join(EXPERIMENTS)}")
-    add("--seeds", type=int, default=8, help="1, 2, ... so many of them [8]")
+    add("--seeds", type=int, default=6, help="1, 2, ... so many of them [6]")
     add("--jobs", type=int, default=2, help="processes at a time, one thread each [2]")
     add("--cache", type=Path, default=ROOT / "runs/evidence", help="where the jobs' folders are")
     add("--results", type=Path, default=ROOT / "evidence/results", help="for figures; CLAIMS.md beside it")

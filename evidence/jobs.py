@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +27,9 @@ from support.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OWN = ("pairs", "train", "merge", "ask", "best")  # stages of stages.py
+OWN = ("pairs", "train", "merge", "ask", "best", "part", "reply")  # stages of stages.py
 # What a stage leaves in its folder for others, where it is not a folder of the stage's name.
-OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl"}
-SUMMARY = "grade accuracy loss reward kl second_score length_limit redundancy ended_rate".split()
+OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl", "part": "part.jsonl", "reply": "reply.json"}
 FEW = "--steps 2 --batch 8 --minibatches 2 --length-limit 16"
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",
@@ -134,12 +132,13 @@ def closure(jobs):
 
 
 def priorities(jobs, seconds):
-    """{job: seconds of the longest chain that begins with it}: what others wait for longest goes first."""
+    """{job: seconds of the longest chain that begins with it}: what others wait for longest goes first. seconds:
+    {job: seconds}, a job's own."""
     order = closure(jobs)
     chain = {}
     for job in reversed(order):
         readers = [chain[reader] for reader in order if job in reader.needs]
-        chain[job] = seconds(job) + max(readers, default=0.0)
+        chain[job] = seconds[job] + max(readers, default=0.0)
     return chain
 
 
@@ -175,16 +174,6 @@ def note(job, cache, seconds, is_finished):
     if is_finished:
         record["seconds"] = round(record["before"], 2)
     write_json(job.folder(cache) / "job.json", record)
-
-
-def figures(job, cache):
-    """The figures that stand in the line about a finished job."""
-    path = job.folder(cache) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()[-2:]] if path.exists() else []
-    if job.stage == "ask":
-        rows = [read_json(job.output(cache))]
-    numbers = {name: x for row in rows for name, x in row.items() if isinstance(x, int | float)}
-    return " ".join(f"{name} {numbers[name]:.3g}" for name in SUMMARY if name in numbers)
 
 
 def metrics_of(path):
@@ -234,13 +223,8 @@ class Queue:
         note(job, self.cache, seconds, is_good)
         if is_good:
             self.done.add(job)
-            self.print(f"{job}: {seconds:.0f} s  {figures(job, self.cache)}")
+            self.print(f"{job}: {seconds:.0f} s")
             self.on_done(job)
-        elif status == 2 and job.record(self.cache)["before"] > seconds + 0.01:
-            # An earlier try was interrupted, and c2f.py refuses to resume it: older code began it.
-            self.print(f"{job}: starts anew")
-            shutil.rmtree(folder)
-            self.waiting.insert(0, job)
         else:
             lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines() or ["no message"]
             self.failures[job] = f"status {status}: {lines[-1][-200:]}"

@@ -123,8 +123,8 @@ def panels(experiment, data):
     """[(function, metric)] of what the picture of an experiment has."""
     metrics = dict.fromkeys([experiment.claims[0].metric, "accuracy"])  # each once
     parts = [(draw_arms, metric) for metric in metrics if has(data, metric)]
-    if experiment.curve and has(data, "series"):
-        parts.append((draw_curve, experiment.curve))
+    if has(data, "series"):
+        parts += [(draw_curve, metric) for metric in experiment.curves]
     if any(metric in experiment.columns and has(data, metric) for metric in DEPTHS):
         parts.append((draw_depths, ""))
     if gammas(data):

@@ -1,5 +1,5 @@
-"""What the experiments need beyond c2f.py: changed preferences, other limits, other merges, answers, best of n. Each
-is a command
+"""What the experiments need beyond c2f.py: changed preferences, other limits, other merges, answers, best of n, and
+replies of a real model. Each is a command
 
     python evidence/stages.py ask --out DIR --seed 0 --model FOLDER --reward-model FOLDER
 
@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import c2f
-from data import dialogue, read_preferences, split_by_first_turn, world
-from evaluation import Material, evaluate, load_tasks
+from data import dialogue, read_preferences, read_prompts, split_by_first_turn, world
+from evaluation import Material, evaluate, load_tasks, public_tasks
 from evaluation.answers import Speaker
 from evaluation.tasks import first
 from evaluation.toxicity import has_listed_word, read_words
@@ -55,6 +55,8 @@ def gold(texts):
 
 # ---------------------------------------------------------------- preferences
 
+NAMES = ("prompt", "chosen", "rejected")
+
 
 def pairs(options):
     """pairs.jsonl: `--count` of the seed's training pairs (0: all), and all of its held-out pairs as they are. Of the
@@ -68,8 +70,15 @@ def pairs(options):
         if rng.random() < options.longer and len(rejected) > len(chosen):
             chosen, rejected = rejected, chosen
         rows.append((prompt, chosen, rejected))
-    names = ("prompt", "chosen", "rejected")
-    write_lines(options.out / "pairs.jsonl", [dict(zip(names, row)) for row in rows + test])
+    write_lines(options.out / "pairs.jsonl", [dict(zip(NAMES, row)) for row in rows + test])
+
+
+def part(options):
+    """part.jsonl: the pairs of `--preferences` that belong to a third of the prompts, `--number` 0, 1 or 2. No prompt
+    is in two thirds: a hash decides. The seeds of the split are none that `--stage reward` splits by."""
+    rest, unseen = split_by_first_turn(list(read_preferences(options.preferences)), 0.33, 1000)
+    parts = (unseen, *split_by_first_turn(rest, 0.5, 1001))
+    write_lines(options.out / "part.jsonl", [dict(zip(NAMES, row)) for row in parts[options.number]])
 
 
 # ---------------------------------------------------------------- PPO with other limits, and without cut answers
@@ -147,9 +156,8 @@ def train(options):
 # ---------------------------------------------------------------- merges
 
 
-def changes(coarse, sft):
+def changes(base, coarse, sft):
     """The two parents' changes from the base, tensor by tensor: (name, dtype, base, coarse's change, sft's)."""
-    base = open_exact(BASE)
     for name in coarse.names:
         start = base.exact(name)
         yield name, coarse.dtype(name), start, coarse.exact(name) - start, sft.exact(name) - start
@@ -160,11 +168,12 @@ def norm(tensors):
 
 
 def merge(options):
-    """merge/: base + gamma * coarse's change + (1 - gamma) * sft's, gamma of any size. `--scaled`: both changes brought
-    to their mean norm first. `--layers low` or high: gamma for one half of the layers, 1 - gamma for the other.
-    changes.json: the changes' norms, the cosine between them, the share of weights where their signs differ."""
+    """merge/: base + gamma * coarse's change + (1 - gamma) * sft's, gamma of any size; `--model` is the base.
+    `--scaled`: both changes brought to their mean norm first. `--layers low` or high: gamma for one half of the layers,
+    1 - gamma for the other. changes.json: the changes' norms, the cosine between them, the share of weights where their
+    signs differ."""
     parents = open_parents(options.coarse, options.sft)
-    rows = list(changes(*parents))
+    rows = list(changes(open_exact(options.model), *parents))
     sizes = norm(c for *_, c, _ in rows), norm(s for *_, s in rows)
     mean = sum(sizes) / 2
     factors = [mean / size for size in sizes] if options.scaled else [1.0, 1.0]
@@ -193,8 +202,8 @@ def is_low(name, half):
 
 # ---------------------------------------------------------------- answers
 
-
 SMOKE_ITEMS = 8
+TASKS = ("arc_easy", "piqa", "hellaswag", "openbookqa", "siqa", "winograd")
 
 
 def few(count, options):
@@ -202,9 +211,9 @@ def few(count, options):
     return min(count, SMOKE_ITEMS) if options.smoke else count
 
 
-def scorer(folder, tokenizer):
+def scorer(folder, tokenizer, dtype=torch.float32):
     """score(dialogues, responses) -> raw scores (B,) of the reward model in `folder`, which has the same tokenizer."""
-    return Scorer(RewardModel.from_pretrained(folder, DEVICE), tokenizer, tokenizer, ends=False)
+    return Scorer(RewardModel.from_pretrained(folder, DEVICE, dtype), tokenizer, tokenizer, ends=False)
 
 
 def gather_material(options):
@@ -233,6 +242,26 @@ def ask(options):
     values, _ = evaluate(speaker, material, score)
     means = {name: sum(numbers) / len(numbers) for name, numbers in values.items() if not name.startswith("acc_")}
     write_json(options.out / "ask.json", means)
+
+
+@torch.no_grad()
+def reply(options):
+    """reply.json: {metric: [a value a prompt]} of one sampled reply to each of --prompts, `reward` and `second` by two
+    reward models; general tasks of --benchmarks, {metric: [a value a question]}; and the first texts."""
+    tokenizer = load_tokenizer(options.model)
+    speaker = Speaker(Mistral.from_pretrained(options.model, DEVICE, torch.bfloat16), tokenizer)
+    prompts = list(dict.fromkeys(read_prompts(options.prompts)))  # each once
+    dialogues = [dialogue(prompt) for prompt in prompts[: few(len(prompts), options)]]
+    answers = speaker.respond(dialogues, options.limit, options.seed)
+    texts, values = speaker.measure(dialogues, answers, scorer(options.reward_model, tokenizer, torch.bfloat16))
+    _, second = speaker.measure(dialogues, answers, scorer(options.second_model, tokenizer, torch.bfloat16))
+    figures = {name: values[name] for name in ("reward", "length", "ended_rate", "redundancy")}
+    figures["second"] = second["reward"]
+    material = Material()
+    load_tasks(material, TASKS, public_tasks(options.benchmarks), few(options.items, options))
+    general, _ = evaluate(speaker, material)
+    figures |= {name: right for name, right in general.items() if name.startswith("general")}
+    write_json(options.out / "reply.json", figures | {"texts": list(zip(prompts, texts))[:8]})
 
 
 # ---------------------------------------------------------------- best of n
@@ -268,7 +297,7 @@ def best(options):
 # ---------------------------------------------------------------- the command
 
 
-STAGES = {stage.__name__: stage for stage in (pairs, train, merge, ask, best)}
+STAGES = {stage.__name__: stage for stage in (pairs, part, train, merge, ask, reply, best)}
 
 
 def parse_options(argv=None):
@@ -281,11 +310,17 @@ def parse_options(argv=None):
     add("--smoke", action="store_true", help="a few items of everything: does it run?")
     add("--count", type=int, default=0, help="training pairs, 0 for all")
     add("--longer", type=float, default=0.0, help="share of the training pairs turned to like the longer reply")
+    add("--preferences", default="", help="the pairs that `part` takes from")
+    add("--number", type=int, choices=(0, 1, 2), default=0, help="which third of the prompts")
     add("--stage-of", choices=("plus", "coarse"), default="coarse", help="what `train` trains")
     add("--limiter", choices=("", *LIMITERS), default="", help="a limit of our own (default: the options')")
     add("--whole", action="store_true", help="learn from the answers alone that ended")
     add("--model", default=str(BASE))
     add("--reward-model", default="")
+    add("--second-model", default="", help="a second reward model, for `reply`")
+    add("--prompts", default="", help="what `reply` replies to")
+    add("--benchmarks", default="", help="folder of public tasks, for `reply`")
+    add("--items", type=int, default=200, help="items of each task")
     add("--coarse", default="")
     add("--sft", default="")
     add("--gamma", type=float, default=0.7)

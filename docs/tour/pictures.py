@@ -6,7 +6,7 @@ from matplotlib.patches import Rectangle
 from evaluation.pictures import save
 
 COLUMNS = 18  # tokens a line
-PROMPT_COLUMNS = 14
+PROMPT_COLUMNS = 16
 BLUE = "tab:blue"
 ORANGE = "tab:orange"
 
@@ -23,12 +23,12 @@ def colour(share):
     return (fade, fade, 1.0) if share > 0 else (1.0, fade, fade)
 
 
-def draw_strip(axis, tokens, rows):
-    """Tokens in lines of COLUMNS. Below each token stands a coloured cell a row: rows {label: (values, the value
-    that has the full colour)}."""
+def draw_strip(axis, tokens, rows, starts):
+    """Tokens in lines of COLUMNS; `starts` are those that are drawn. Below each token stands a coloured cell a row:
+    rows {label: (values, the value that has the full colour)}."""
     axis.axis("off")
     top = 0.0
-    for start in range(0, len(tokens), COLUMNS):
+    for start in starts:
         for column, token in enumerate(tokens[start : start + COLUMNS]):
             axis.text(column, top, token, ha="center", va="center", fontsize=8, family="monospace")
         for place, (label, (values, full)) in enumerate(rows.items(), 1):
@@ -44,14 +44,9 @@ def draw_strip(axis, tokens, rows):
     axis.set(xlim=(-3.2, COLUMNS - 0.5), ylim=(top - 0.8, -0.8))
 
 
-def strip_height(tokens, rows):
-    lines = -(-len(tokens) // COLUMNS)
-    return 0.28 * lines * (len(rows) + 1.7) + 0.4
-
-
 def draw_tokens(path, prompts):
     """Stop 1. prompts: {title: (texts, ids)}."""
-    figure, axes = new(11, 3.6, rows=len(prompts))
+    figure, axes = new(11, 4.4, rows=len(prompts))
     for axis, (title, (texts, ids)) in zip(axes, prompts.items()):
         axis.axis("off")
         axis.set_title(title, loc="left", fontsize=9)
@@ -61,7 +56,7 @@ def draw_tokens(path, prompts):
             axis.add_patch(Rectangle((column + 0.04, 2.4 * row), 0.92, 2, facecolor=face))
             axis.text(column + 0.5, 2.4 * row + 0.65, text, ha="center", va="center", fontsize=8, family="monospace")
             axis.text(column + 0.5, 2.4 * row + 1.45, token, ha="center", va="center", fontsize=8)
-        axis.set(xlim=(0, PROMPT_COLUMNS), ylim=(4.8, -0.2))
+        axis.set(xlim=(0, PROMPT_COLUMNS), ylim=(7.2, -0.2))
     save(figure, path)
 
 
@@ -73,15 +68,16 @@ def draw_limit(path, rows, terms, decisions):
     axes[0].step(steps, [row["length_limit"] for row in rows], where="mid", color=BLUE, label="limit, tokens")
     axes[0].plot([], [], color="tab:gray", label="reward (right axis)")
     axes[0].twinx().plot(steps, [row["reward"] for row in rows], color="tab:gray", linewidth=1)
-    axes[0].set(title="the limit grows where training is calm", ylim=(0, 130))
+    axes[0].set(title="the limit grows where training is calm", ylim=(0, 130), ylabel="tokens")
     styles = {"reward": "-", "value": "--"}
     for place, (name, values) in enumerate(terms.items()):
         axes[1].plot(steps, values, styles[name.split("_")[0]], marker=".", color=f"C{place % 3}", label=name)
-    axes[1].set(title="what each feature takes off the bias of 3 (weight times feature)", ylim=(-4, 2))
+    title = "what each feature takes off the bias of 3 (weight times feature)"
+    axes[1].set(title=title, ylim=(-4, 2), ylabel="logit")
     axes[2].plot(steps, [p or None for p in decisions], "o", color=ORANGE, label="p_extend")
-    axes[2].axhline(0.5, color="tab:gray", linewidth=0.8, label="threshold")
+    axes[2].axhline(0.5, color="tab:gray", linewidth=0.8, label="threshold, 0.5")
     title = "the decision: above the threshold the limit grows, and the window starts anew"
-    axes[2].set(title=title, xlabel="PPO step", ylim=(0, 1))
+    axes[2].set(title=title, xlabel="PPO step", ylim=(0, 1), ylabel="probability")
     for axis in axes:
         axis.legend(fontsize="small", loc="upper left", ncols=3)
         axis.grid(alpha=0.3)
@@ -89,9 +85,14 @@ def draw_limit(path, rows, terms, decisions):
 
 
 def draw_strips(path, tokens, rows, title):
-    """Stops 3 and 4."""
-    figure, axis = new(11, strip_height(tokens, rows))
-    draw_strip(axis, tokens, rows)
+    """Stops 3 and 4. Lines in which every number is 0 are left out."""
+    starts = []
+    for start in range(0, len(tokens), COLUMNS):
+        line = [abs(value) for values, _ in rows.values() for value in values[start : start + COLUMNS]]
+        if max(line) >= 0.005:
+            starts.append(start)
+    figure, axis = new(11, 0.28 * len(starts) * (len(rows) + 1.7) + 0.4)
+    draw_strip(axis, tokens, rows, starts)
     axis.set_title(title, fontsize=10)
     save(figure, path)
 
@@ -105,7 +106,8 @@ def draw_ratios(path, ratios, clip):
         label = f"after {epochs} epoch" + "s" * (int(epochs) > 1)
         left.hist(inside, bins, histtype="step", linewidth=1.5, color=f"C{place}", label=label)
     left.axvline(1, color="tab:gray", label="before: all at 1")
-    left.set(yscale="log", title="the ratio of every token of the batch", xlabel="rho (outermost bins: and beyond)")
+    left.set(yscale="log", title="the ratio of every token of the batch", ylabel="tokens, log scale")
+    left.set(xlabel="rho (the end bins hold all beyond)")
     grid = [0.5 + i / 100 for i in range(101)]
     for advantage, place in ((1, 2), (-1, 3)):
         gain = [min(x * advantage, min(max(x, 1 - clip), 1 + clip) * advantage) for x in grid]
@@ -118,7 +120,7 @@ def draw_ratios(path, ratios, clip):
 
 
 def draw_panel(path, rows, gauges, step):
-    """Stop 6. gauges: {metric: (lowest, highest)}, what is healthy; a dot where the recorded step was."""
+    """Stop 6. gauges: {metric: (lowest, highest)}, what is healthy; a dot at the recorded step."""
     figure, axes = new(11, 6.6, rows=3, columns=4)
     for axis, (name, (low, high)) in zip(axes.flat, gauges.items()):
         axis.plot([row["step"] for row in rows], [row[name] for row in rows], color=BLUE)
@@ -128,7 +130,7 @@ def draw_panel(path, rows, gauges, step):
         axis.axhspan(low, high, color="tab:green", alpha=0.12)
         margin = 0.1 * (top - bottom) or 0.1
         axis.set(ylim=(bottom - margin, top + margin))
-        axis.set_title(f"{name}\n{rows[step - 1][name]:.3g} at step {step}", fontsize=9)
+        axis.set_title(f"{name}: {rows[step - 1][name]:.3g} at step {step}\n(healthy: {low:g} to {high:g})", fontsize=9)
         axis.tick_params(labelsize=7)
     figure.supxlabel("PPO step of Mistral-Plus; green is healthy", fontsize=9)
     save(figure, path)
@@ -139,19 +141,20 @@ def draw_merge(path, sweep, layers):
     figure, (left, middle, right) = new(12, 3.8, columns=3)
     gammas = [float(gamma) for gamma in sweep]
     left.plot(gammas, [row["accuracy"] for row in sweep.values()], "o-", color=BLUE)
-    left.set(title="right answers", xlabel="gamma: 0 is sft, 1 is coarse", ylim=(0, 1))
+    left.set(title="right answers", xlabel="gamma: 0 is sft, 1 is coarse", ylim=(0, 1), ylabel="share")
     twin = left.twinx()
-    twin.plot(gammas, [row["length"] for row in sweep.values()], "--", color=ORANGE)
+    twin.plot(gammas, [row["length"] for row in sweep.values()], "--", color="tab:gray")
     twin.set_ylabel("tokens an answer (dashed)")
     places = range(len(layers))
     middle.bar([place - 0.2 for place in places], [row["norm_coarse"] for row in layers], 0.4, label="coarse")
     middle.bar([place + 0.2 for place in places], [row["norm_sft"] for row in layers], 0.4, label="sft")
-    middle.set(title="size of the change from the base")
+    middle.set(title="size of the change from the base", ylabel="L2 norm")
     middle.legend()
     right.bar(places, [row["cosine"] for row in layers], color="tab:purple")
-    right.set(title="cosine between the two changes", ylim=(-1, 1))
+    right.set(title="cosine between the two changes", ylim=(-0.1, 0.1))
     for axis in (middle, right):
         axis.set_xticks(places, [row["name"] for row in layers], fontsize=8)
+        axis.set_xlabel("embedding, layers, norm, head")
     save(figure, path)
 
 

@@ -22,6 +22,7 @@ from training import logprobs_and_entropy
 
 STEP = 8  # the step of Mistral-Plus that is recorded
 DONE = "done.json"  # a run's folder has it when it is finished: the seconds that it took
+SECOND = "--second-score evidence.stages:gold"  # the checker, who knows the truth
 LAMBDAS = (0.0, 0.95, 1.0)
 EPOCHS = (1, 4)  # after so many epochs over its batch is the ratio looked at
 
@@ -61,7 +62,7 @@ class Recorder(PPOTrainer):
             ref_logprobs = self.over(batch, partial(self.logprobs, self.reference))
         rewards, kl = compute_rewards(shaped, batch.logprobs, ref_logprobs, mask, metrics["kl_coefficient"])
         by_token = {"logprobs": batch.logprobs, "ref_logprobs": ref_logprobs, "kl": kl, "rewards": rewards}
-        by_token["values"] = batch.values
+        by_token |= {"values": batch.values, "whitened": batch.advantages}
         for lam in LAMBDAS:
             by_token[f"advantages_{lam}"], _ = compute_gae(rewards, batch.values, mask, 1.0, lam)
         advantages, _ = compute_gae(rewards, batch.values, mask, self.options.discount, self.options.gae_lambda)
@@ -72,7 +73,7 @@ class Recorder(PPOTrainer):
             "padding": 1 - mask.float().mean().item(),
             "whitened": batch.advantages[mask].tolist(),
             "whitened_without_mask": unmasked[mask].tolist(),
-            "ratios": self.ratios(),
+            **self.ratios(),
         }
 
     def example(self, by_row, by_token):
@@ -93,17 +94,18 @@ class Recorder(PPOTrainer):
         return min(lengths, key=lengths.get)
 
     def ratios(self):
-        """{epochs: [rho of every token of the batch]} after so many epochs over it."""
+        """`ratios` {epochs: [rho of every token of the batch]} after so many epochs over it, and the
+        `clip_fraction` of the last epoch."""
         ratios = {}
         for epoch in range(1, max(EPOCHS) + 1):
             if epoch > 1:
-                self.update(self.batch)
+                metrics = self.update(self.batch)
             with torch.no_grad():
                 logprobs = self.over(self.batch, partial(self.logprobs, self.actor))
             if epoch in EPOCHS:
                 ratio = (logprobs - self.batch.logprobs).exp()
                 ratios[str(epoch)] = ratio[self.batch.response_mask].tolist()
-        return ratios
+        return {"ratios": ratios, "clip_fraction": metrics["clip_fraction"]}
 
 
 class MaskedInSamplingAlone(PPOTrainer):
@@ -129,10 +131,11 @@ class ForgedEndings(PPOTrainer):
 
 SHORT = "--stage plus --steps 20 --length-limit 32 --concise 0"
 ENDLESS = "--stage coarse --steps 20 --limit-growth fixed --length-limit 48 --kl-coefficient 0.5"
+LONGER = "--stage plus --steps 40 --concise 0 --truncation-penalty 0"
 RUNS = {  # {name: (options of c2f.py, the trainer)}
     "step": ("--stage plus", Recorder),
-    "epochs": (f"--stage plus --steps {STEP} --epochs 4", None),
-    "free": ("--stage plus --steps 40 --kl-coefficient 0 --concise 0 --truncation-penalty 0", None),
+    "free": (f"{LONGER} --kl-coefficient 0", None),
+    "priced": (f"{LONGER} --kl-coefficient 0.1", None),
     "masked": (ENDLESS, None),
     "masked_in_sampling": (ENDLESS, MaskedInSamplingAlone),
     "forged": (f"{SHORT} --truncation-penalty 0", ForgedEndings),
@@ -147,7 +150,7 @@ def stage_of(name):
 
 def command(name):
     """What a reader types to do it again."""
-    return f"python c2f.py {RUNS[name][0]} --reward-model runs/tiny/reward --out runs/tour/{name}"
+    return f"python c2f.py {RUNS[name][0]} {SECOND} --reward-model runs/tiny/reward --out runs/mine/{name}"
 
 
 def run_all(run, folder):
@@ -164,8 +167,7 @@ def train(command, trainer, folder, reward_model):
     """Trains as `c2f.py` with these options does, by a trainer of ours."""
     parser = build_parser(c2f.Options, "tour.py", "", "")
     common = ["--out", str(folder), "--reward-model", str(reward_model), "--overwrite"]
-    second = ["--second-score", "evidence.stages:gold"]
-    arguments = vars(parser.parse_args([*command.split(), *common, *second]))
+    arguments = vars(parser.parse_args([*command.split(), *SECOND.split(), *common]))
     options = c2f.resolve(arguments, arguments["stage"])
     processes.set_threads(options.threads)
     torch.manual_seed(options.seed)
