@@ -154,6 +154,12 @@ MAIN = Experiment(
         Claim("Mistral-Plus refuses harmless prompts no more often than the base", "refusal_benign", "plus", "base",
               0.02, sign=-1, kept=True),
     ],
+    exploratory=[
+        Claim("Mistral-Plus is right more often than the base", "accuracy", "plus", "base", 0.02),
+        Claim("the instruction model gets no more points than Mistral-Plus", "grade", "sft", "plus", 0.2, sign=-1,
+              kept=True),
+        Claim("the merge keeps fewer facts than the instruction model", "grade_fact", "fine", "sft", 0.5, sign=-1),
+    ],
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the limit
@@ -256,6 +262,10 @@ FORM = Experiment(
         Claim("merged, the actor without EOS is worth more than the one with EOS", "grade",
               "no EOS, system prompt, merged", "EOS, system prompt, merged", 0.2),
     ],
+    exploratory=[
+        Claim("before the merge, too, the actor with EOS gets more points", "grade",
+              "EOS, system prompt", "no EOS, system prompt", 0.2),
+    ],
 )  # fmt: skip
 
 # ---------------------------------------------------------------- the merge
@@ -288,6 +298,10 @@ MERGE = Experiment(
         Claim("with both changes at equal norm 0.5 is better than plain 0.7", "grade",
               "equal norms, gamma 0.5", "gamma 0.7", 0.2),
     ],
+    exploratory=[
+        Claim("beyond 1 right answers still grow", "accuracy", "gamma 1.2", "gamma 1.0", 0.02),
+        Claim("at equal norm and 0.5 more is right than at 0.7", "accuracy", "equal norms, gamma 0.5", "gamma 0.7", 0.02),
+    ],
 )  # fmt: skip
 
 
@@ -312,6 +326,10 @@ PARENTS = Experiment(
               "over-optimised, merged", "over-optimised", 0.02),
         Claim("the merge shortens an actor that was taught to be long", "length",
               "length-loving, merged", "length-loving", 5.0, sign=-1),
+    ],
+    exploratory=[
+        Claim("the merge takes back refusals of harmless prompts", "refusal_benign",
+              "over-optimised, merged", "over-optimised", 0.02, sign=-1),
     ],
     curves=("second_score",),
 )  # fmt: skip
@@ -338,6 +356,10 @@ PLUS = Experiment(
         Claim("PPO from the base is right more often than SFT, then PPO", "accuracy", "plus", "SFT, then plus", 0.02),
         Claim("its length term shortens answers", "length", "plus", "no length term", 5.0, sign=-1),
         Claim("PPO is better than the best of eight, fine-tuned", "grade", "plus", "best of 8, fine-tuned", 0.2),
+    ],
+    exploratory=[
+        Claim("best of eight refuses fewer harmless prompts than PPO", "refusal_benign", "best of 8, fine-tuned", "plus",
+              0.02, sign=-1),
     ],
 )  # fmt: skip
 

@@ -3,6 +3,7 @@ Linux has; --tensorboard."""
 
 import ast
 import importlib
+import json
 import math
 import os
 import re
@@ -13,6 +14,7 @@ import sys
 import tomllib
 import zipfile
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -179,6 +181,16 @@ def test_evaluating_has_the_metrics_the_exam_and_the_tasks_as_they_are():
         task = tasks.TASKS[name]
         assert (files, int(shots)) == (task.files, task.shots)
         assert metric == ("accuracy" if name == "gsm8k" else task.metric)
+
+
+def test_the_readme_has_the_means_over_the_seeds():
+    seeds = json.loads(read("evidence/results/main.json"))["seeds"].values()
+    metrics = ("grade", "accuracy", "verified_steps", "ended_rate", "toxicity_provoking")
+    for model, *cells_of_model in table("README.md", "model", "exam, 0 to 10"):
+        for metric, cell in zip(metrics, cells_of_model, strict=True):
+            text = cell.split()[0]
+            digits = len(text.partition(".")[2])
+            assert text == f"{fmean(arms[model][metric] for arms in seeds):.{digits}f}", (model, metric)
 
 
 # ---------------------------------------------------------------- docs/DETAILS.md

@@ -46,7 +46,7 @@ def draw_strip(axis, tokens, rows, starts):
 
 def draw_tokens(path, prompts):
     """Stop 1. prompts: {title: (texts, ids)}."""
-    figure, axes = new(11, 4.4, rows=len(prompts))
+    figure, axes = new(11, 3.4, rows=len(prompts))
     for axis, (title, (texts, ids)) in zip(axes, prompts.items()):
         axis.axis("off")
         axis.set_title(title, loc="left", fontsize=9)
@@ -56,7 +56,7 @@ def draw_tokens(path, prompts):
             axis.add_patch(Rectangle((column + 0.04, 2.4 * row), 0.92, 2, facecolor=face))
             axis.text(column + 0.5, 2.4 * row + 0.65, text, ha="center", va="center", fontsize=8, family="monospace")
             axis.text(column + 0.5, 2.4 * row + 1.45, token, ha="center", va="center", fontsize=8)
-        axis.set(xlim=(0, PROMPT_COLUMNS), ylim=(7.2, -0.2))
+        axis.set(xlim=(0, PROMPT_COLUMNS), ylim=(2.4 * (row + 1), -0.2))
     save(figure, path)
 
 
@@ -132,6 +132,7 @@ def draw_panel(path, rows, gauges, step):
         axis.set(ylim=(bottom - margin, top + margin))
         axis.set_title(f"{name}: {rows[step - 1][name]:.3g} at step {step}\n(healthy: {low:g} to {high:g})", fontsize=9)
         axis.tick_params(labelsize=7)
+        axis.ticklabel_format(useOffset=False)
     figure.supxlabel("PPO step of Mistral-Plus; green is healthy", fontsize=9)
     save(figure, path)
 
