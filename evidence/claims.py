@@ -338,11 +338,7 @@ PARENTS = Experiment(
 
 
 def plus_jobs(line):
-    runs = {
-        "plus": line.plus(),
-        "SFT, then plus": line.plus(model=line.sft()),
-        "no length term": line.plus(concise=0),
-    }
+    runs = {"plus": line.plus(), "SFT, then plus": line.plus(model=line.sft()), "no length term": line.plus(concise=0)}
     best = line.sft(instructions=line.job("best", reward_model=line.reward()))
     return asked(line, runs) | {"best of 8, fine-tuned": {"ask": line.ask(best)}, "sft": {"ask": line.ask(line.sft())}}
 

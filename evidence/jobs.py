@@ -29,7 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN = ("pairs", "train", "merge", "ask", "best", "part", "reply")  # stages of stages.py
 # What a stage leaves in its folder for others, where it is not a folder of the stage's name.
-OUTPUTS = {"pairs": "pairs.jsonl", "ask": "ask.json", "best": "chosen.jsonl", "part": "part.jsonl", "reply": "reply.json"}
+OUTPUTS = {
+    "pairs": "pairs.jsonl",
+    "ask": "ask.json",
+    "best": "chosen.jsonl",
+    "part": "part.jsonl",
+    "reply": "reply.json",
+}
 FEW = "--steps 2 --batch 8 --minibatches 2 --length-limit 16"
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",

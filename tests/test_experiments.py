@@ -324,7 +324,7 @@ def made_up(name, seeds=3):
     """A result file of random figures for all that an experiment's columns and claims name."""
     experiment = EXPERIMENTS[name]
     rng = random.Random(name)
-    metrics = {*experiment.columns, *(claim.metric for claim in experiment.claims)}
+    metrics = {*experiment.columns, *(claim.metric for claim in experiment.claims + experiment.exploratory)}
     data = {}
     for seed in range(seeds):
         data[str(seed)] = {}
