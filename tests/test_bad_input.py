@@ -60,7 +60,7 @@ DATA = {  # case: (what makes it, what the line must name)
     "preferences: binary": (pairs("a.jsonl", bytes(range(256))), "a.jsonl:1"),
     "preferences: zero bytes": (pairs("a.jsonl", lines(PAIR).encode() + b'{"prompt": "\0"}'), "a.jsonl:2"),
     "preferences: cut line": (pairs("a.jsonl", lines(PAIR) * 2 + lines(PAIR)[:30]), "a.jsonl:3"),
-    "preferences: cut gzip": (pairs("a.jsonl.gz", gzip.compress(lines(PAIR).encode() * 99)[:-20]), "a.jsonl.gz"),
+    "preferences: cut gzip": (pairs("a.jsonl.gz", gzip.compress(lines(PAIR).encode() * 99, mtime=0)[:-20]), "a.jsonl.gz"),
     "preferences: no gzip": (pairs("a.jsonl.gz", lines(PAIR)), "a.jsonl.gz"),
     "preferences: latin-1": (pairs("a.jsonl", lines(PAIR).encode() + '{"prompt": "é"}'.encode("latin-1")), "a.jsonl:2"),
     "preferences: UTF-16": (pairs("a.jsonl", lines(PAIR).encode("utf-16")), "a.jsonl:1"),

@@ -236,8 +236,8 @@ def test_useless_rows_are_left_out_and_counted(tmp_path, reader, row, reason):
     ("a.jsonl", b'\xef\xbb\xbf{"prompt": "Hi"}\r\n\r\n{"prompt": "Ho"}'),
     ("a.json", b'\n [\n{"prompt": "Hi"},\r\n {"prompt":\n"Ho"}]\n'),
     ("a.json", b'{"prompt": "Hi"}\n{"prompt": "Ho"}\n'),
-    ("A.JSONL.GZ", gzip.compress(b'{"prompt": "Hi"}\n') + gzip.compress(b'{"prompt": "Ho"}\n')),
-    ("a.txt", b"\xef\xbb\xbfHi\r\n \nHo"), ("a.txt.gz", gzip.compress(b"Hi\nHo\n")),
+    ("A.JSONL.GZ", gzip.compress(b'{"prompt": "Hi"}\n', mtime=0) + gzip.compress(b'{"prompt": "Ho"}\n', mtime=0)),
+    ("a.txt", b"\xef\xbb\xbfHi\r\n \nHo"), ("a.txt.gz", gzip.compress(b"Hi\nHo\n", mtime=0)),
     ("a.csv", b'\xef\xbb\xbfid,prompt\r\n1,"Hi"\r\n2,Ho\r\n'), ("a.tsv", b"Hi\tx\ty\nHo\tx\ty\n"),
 ])
 def test_byte_order_marks_crlf_blank_lines_and_gzip_are_accepted(tmp_path, name, content):
@@ -516,12 +516,12 @@ def test_split_edges():
 # ---- broken input ----
 
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
-PACKED = gzip.compress(PAIR.encode() * 9)
+PACKED = gzip.compress(PAIR.encode() * 9, mtime=0)
 
 
 @pytest.mark.parametrize("reader, name, content, where, what", [
     (read_preferences, "a.jsonl", b"", "a.jsonl: ", "at least one row, found none"),
-    (read_preferences, "a.jsonl.gz", gzip.compress(b""), "a.jsonl.gz: ", "at least one row"),
+    (read_preferences, "a.jsonl.gz", gzip.compress(b"", mtime=0), "a.jsonl.gz: ", "at least one row"),
     (read_preferences, "a.json", b"[]", "a.json: ", "at least one row"),
     (read_prompts, "a.csv", b"prompt\n", "a.csv: ", "at least one row"),
     (read_prompts, "a.txt", b"\n \n", "a.txt: ", "at least one row"),
