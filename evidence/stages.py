@@ -144,11 +144,15 @@ def train(options):
     if options.limiter:
         command += ["--limit-growth", "stepped"]  # like it, these have no extensions to report
     settings = c2f.resolve(vars(parser.parse_args(command)), options.stage_of)
-    torch.manual_seed(options.seed)
+    run_ppo(settings, LIMITERS.get(options.limiter), WholeAnswers if options.whole else None)
+
+
+def run_ppo(settings, make_limiter=None, trainer=None):
+    """A stage of PPO as c2f.py runs it with these `Options`, by a limit or a trainer of ours."""
+    torch.manual_seed(settings.seed)
     lock = Lock()
-    trainer = WholeAnswers if options.whole else None
     try:
-        c2f.train_ppo(Run(settings, options.stage_of, lock), LIMITERS.get(options.limiter), trainer)
+        c2f.train_ppo(Run(settings, settings.stage, lock), make_limiter, trainer)
     finally:
         lock.release()
 

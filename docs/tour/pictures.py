@@ -11,9 +11,9 @@ BLUE = "tab:blue"
 ORANGE = "tab:orange"
 
 
-def new(width, height, rows=1, columns=1, **how):
+def new(width, height, rows=1, columns=1, sharex=False):
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **how)
+    return figure, figure.subplots(rows, columns, sharex=sharex)
 
 
 def colour(share):

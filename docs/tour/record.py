@@ -3,6 +3,7 @@
 Each is a command of c2f.py that starts from the tiny base and the reward model of `make run`. It leaves its
 metrics in runs/tour/NAME, and the recorded step is runs/tour/step/step.json."""
 
+import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 
 import c2f
+from evidence.stages import run_ppo
 from ppo import (
     PPOTrainer, compute_gae, compute_rewards, place, response_hidden, response_ids, response_logprobs, shape_scores,
 )  # fmt: skip
-from run.folder import Lock, Run
 from support import processes
 from support.files import write_json
 from support.options import build_parser
@@ -170,11 +171,5 @@ def train(command, trainer, folder, reward_model):
     arguments = vars(parser.parse_args([*command.split(), *SECOND.split(), *common]))
     options = c2f.resolve(arguments, arguments["stage"])
     processes.set_threads(options.threads)
-    torch.manual_seed(options.seed)
-    lock = Lock()
-    try:
-        c2f.train_ppo(Run(options, options.stage, lock), Trainer=trainer)
-    except Recorded:
-        pass
-    finally:
-        lock.release()
+    with contextlib.suppress(Recorded):
+        run_ppo(options, trainer=trainer)

@@ -8,7 +8,8 @@ its figures and draws its picture; record.py has the runs that they look at. A r
 """
 
 import argparse
-import json
+import functools
+import math
 import sys
 import textwrap
 from pathlib import Path
@@ -22,7 +23,9 @@ import record
 
 import c2f
 from data import world
+from evidence.stages import changes
 from length import FEATURES, LimitOptions, make_limit
+from run.folder import parse_log
 from support.files import read_json, write_json, write_text
 from tokenizer import load_tokenizer
 from weights import open_exact, open_parents
@@ -36,8 +39,7 @@ HEALTHY = {  # what the panel of stop 6 draws green, as in the glossary
 
 def rows_of(folder, stage):
     """The metrics that a stage of a run logged, a row a step."""
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row for row in rows if row["stage"] == stage]
+    return [row for _, row in parse_log(folder / "metrics.jsonl") if row["stage"] == stage]
 
 
 def column(rows, name):
@@ -53,6 +55,11 @@ class Tour:
         self.out = out
         self.base = read_json(run / "config.json")["coarse"]["model"]
         self.tokenizer = load_tokenizer(self.base)
+
+    @functools.cached_property
+    def step(self):
+        """The step that record.py wrote down."""
+        return read_json(self.extra / "step/step.json")
 
     def picture(self, number):
         return self.out / f"{number}.png"
@@ -77,7 +84,7 @@ class Tour:
 
 def tokens(tour):
     """1: a prompt becomes tokens, as plus and as coarse read it."""
-    example = read_json(tour.extra / "step/step.json")["example"]
+    example = tour.step["example"]
     question = tour.question(example["prompt"])
     user = {"role": "user", "content": question}
     system = {"role": "system", "content": world.ANALYTICAL}
@@ -135,7 +142,7 @@ def limit(tour):
 
 def rewards(tour):
     """3: an answer's score and KL become rewards."""
-    step = read_json(tour.extra / "step/step.json")
+    step = tour.step
     example = step["example"]
     words = tour.texts(example["response"])
     strip = {
@@ -165,16 +172,15 @@ def rewards(tour):
         "kl_place": place,
         "kl_largest": kl[place],
         "kl_token": words[place],
-        "kl_ratio": 2.718281828459045 ** kl[place],
+        "kl_ratio": math.exp(kl[place]),
         "kl_lowest": min(kl),
-        "reward_last": example["rewards"][-1],
         "reward_sum": sum(example["rewards"]),
     }
 
 
 def advantages(tour):
     """4: values and advantages of the same answer, for three lambdas."""
-    example = read_json(tour.extra / "step/step.json")["example"]
+    example = tour.step["example"]
     strip = {"V": (example["values"], 1)}
     for lam in record.LAMBDAS:
         strip[f"A, lambda {lam:g}"] = (example[f"advantages_{lam}"], 1)
@@ -182,7 +188,7 @@ def advantages(tour):
     title = "V: the forecast before the token; A: blue where it came better than foreseen, red where worse"
     pictures.draw_strips(tour.picture(4), tour.texts(example["response"]), strip, title)
     count = len(example["values"])
-    figures = {"value_first": example["values"][0], "surprise_last": example["advantages_0.0"][-1]}
+    figures = {"surprise_last": example["advantages_0.0"][-1]}
     figures |= {"earlier": count - 1, "reach": 0.95 ** (count - 1)}
     figures["fee_first"] = example["rewards"][0]
     figures["forecast_rise"] = example["values"][1] - example["values"][0]
@@ -197,10 +203,10 @@ def advantages(tour):
 
 def ratios(tour):
     """5: how far the tokens' probabilities moved in an update, and where the loss stops."""
-    step = read_json(tour.extra / "step/step.json")
+    step = tour.step
     clip = c2f.Options().clip
     pictures.draw_ratios(tour.picture(5), step["ratios"], clip)
-    figures = {"clip": clip, "tokens": len(step["ratios"]["1"])}
+    figures = {"tokens": len(step["ratios"]["1"])}
     for epochs, values in step["ratios"].items():
         outside = [value for value in values if abs(value - 1) > clip]
         figures[f"outside_{epochs}"] = len(outside) / len(values)
@@ -216,20 +222,16 @@ def panel(tour):
     rows = rows_of(tour.run, "plus")
     pictures.draw_panel(tour.picture(6), rows, HEALTHY, record.STEP)
     figures = {f"panel_{name}": rows[record.STEP - 1][name] for name in HEALTHY}
-    return figures | {f"last_{name}": rows[-1][name] for name in HEALTHY} | {"steps": len(rows)}
+    return figures | {f"last_{name}": rows[-1][name] for name in HEALTHY}
 
 
 def merge(tour):
     """7: gamma's sweep, and the two changes from the base that are merged, layer by layer."""
     sweep = read_json(tour.run / "sweep.json")
     coarse, sft = open_parents(tour.run / "coarse", tour.run / "sft")
-    base = open_exact(tour.base)
     sums = {}  # {layer: [|c|^2, |s|^2, c.s]}
-    for name in coarse.names:
+    for name, _, _, c, s in changes(open_exact(tour.base), coarse, sft):
         layer = layer_of(name)
-        start = base.exact(name)
-        c = coarse.exact(name) - start
-        s = sft.exact(name) - start
         products = ((c * c).sum().item(), (s * s).sum().item(), (c * s).sum().item())
         sums[layer] = [x + y for x, y in zip(sums.get(layer, (0, 0, 0)), products)]
     layers = [describe_layer(name, *sums[name]) for name in sorted(sums, key="embed 0 1 2 3 norm head".find)]
@@ -258,7 +260,7 @@ def describe_layer(name, coarse, sft, product):
 
 def failures(tour):
     """8: four mistakes, made on purpose, each beside the same without it."""
-    step = read_json(tour.extra / "step/step.json")
+    step = tour.step
     curves = [
         ("no price on KL: right answers fall again", "share right", compare(tour, "second_score", {
             "beta 0": "free", "beta 0.1": "priced"})),
