@@ -20,41 +20,29 @@ GAMMAS = (0.0, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5)
 # ---------------------------------------------------------------- jobs of a seed
 
 
+@dataclass
 class Line:
-    """The jobs of one seed. What two experiments have in common is the same job."""
+    """The jobs of one seed. What two experiments have in common is the same job. `model` and `data` are a real model's
+    folder and the public data's, for smollm2.py alone."""
 
-    def __init__(self, seed, smoke=False):
-        self.seed = seed
-        self.smoke = smoke
+    seed: int
+    smoke: bool = False
+    model: str = ""
+    data: str = ""
 
     def job(self, stage, **options):
         return Job(stage, self.seed, tuple(sorted(options.items())), self.smoke)
 
-    def reward(self, **options):
-        return self.job("reward", **options)
-
-    def sft(self, **options):
-        return self.job("sft", **options)
-
     def ppo(self, stage, **options):
-        common = {"reward_model": self.reward(), "second_score": GOLD}
+        common = {"reward_model": self.job("reward"), "second_score": GOLD}
         return self.job(stage, **common | options)
 
-    def plus(self, **options):
-        return self.ppo("plus", **options)
-
-    def coarse(self, **options):
-        return self.ppo("coarse", **options)
-
-    def train(self, **options):
-        return self.ppo("train", **options)
-
     def fine(self, coarse, gamma=0.7, **options):
-        return self.job("merge", coarse=coarse, sft=self.sft(), gamma=gamma, **options)
+        return self.job("merge", coarse=coarse, sft=self.job("sft"), gamma=gamma, **options)
 
     def ask(self, model, acts=False):
         acting = {"acts": True} if acts else {}
-        return self.job("ask", model=model, reward_model=self.reward(), **acting)
+        return self.job("ask", model=model, reward_model=self.job("reward"), **acting)
 
 
 @dataclass
@@ -73,7 +61,10 @@ class Claim:
 @dataclass
 class Experiment:
     """jobs(line) -> {arm: {role: Job}} of one seed. columns: {metric: heading} of the table. curves: what is drawn
-    along the training."""
+    along the training. sweep: what is drawn over gamma, of the arms {arm: gamma} of `gammas`.
+
+    data_of(seeds) -> {unit: {arm: {metric: value}}}: what arms are compared over. The units are the seeds of a result
+    file, or are made of them. Claims about the same kind of unit are corrected together."""
 
     title: str
     about: str
@@ -81,7 +72,12 @@ class Experiment:
     columns: dict
     claims: list
     curves: tuple = ()
+    sweep: tuple = ()
+    gammas: dict = field(default_factory=dict)
     exploratory: list = field(default_factory=list)  # claims that came to mind after the runs
+    seeds: int = 6  # planned
+    unit: str = "seeds"
+    data_of: Callable = dict
 
 
 # ---------------------------------------------------------------- numbers of a finished job
@@ -136,9 +132,9 @@ DEPTHS = {f"accuracy_{n}": f"right, {n}" for n in range(1, world.DEEPEST + 1)}
 
 
 def main_jobs(line):
-    models = {"base": BASE, "sft": line.sft(), "plus": line.plus(), "fine": line.fine(line.coarse())}
+    models = {"base": BASE, "sft": line.job("sft"), "plus": line.ppo("plus"), "fine": line.fine(line.ppo("coarse"))}
     arms = {name: {"ask": line.ask(model)} for name, model in models.items()}
-    return arms | {"coarse": {"ask": line.ask(line.coarse(), acts=True)}}
+    return arms | {"coarse": {"ask": line.ask(line.ppo("coarse"), acts=True)}}
 
 
 MAIN = Experiment(
@@ -176,12 +172,12 @@ GROWTH = {name: COARSE[name] for name in ("limit_factor", "limit_window")}
 def limit_jobs(line):
     """Each makes about as many tokens as Continuous Maximization: the steps are chosen so."""
     runs = {
-        "Continuous Maximization": line.coarse(),
-        "stepped": line.coarse(limit_growth="stepped", **CLOCK),
-        "fixed short": line.coarse(limit_growth="fixed", length_limit=SHORT, steps=STEPS * MEAN_LIMIT // SHORT),
-        "fixed long": line.coarse(limit_growth="fixed", length_limit=LONG, steps=STEPS * MEAN_LIMIT // LONG),
-        "shrinking": line.train(limiter="shrinking", **CLOCK),
-        "growth by chance": line.train(limiter="chance", limit_every=8),
+        "Continuous Maximization": line.ppo("coarse"),
+        "stepped": line.ppo("coarse", limit_growth="stepped", **CLOCK),
+        "fixed short": line.ppo("coarse", limit_growth="fixed", length_limit=SHORT, steps=STEPS * MEAN_LIMIT // SHORT),
+        "fixed long": line.ppo("coarse", limit_growth="fixed", length_limit=LONG, steps=STEPS * MEAN_LIMIT // LONG),
+        "shrinking": line.ppo("train", limiter="shrinking", **CLOCK),
+        "growth by chance": line.ppo("train", limiter="chance", limit_every=8),
     }
     return asked(line, runs, acts=True)
 
@@ -218,9 +214,9 @@ def cut_jobs(line):
     runs = {}
     for name, limit in limits.items():
         common = {"concise": 0, "steps": CUT_STEPS, **limit}
-        runs[f"{name}, as it stands"] = line.plus(truncation_penalty=0, **common)
-        runs[f"{name}, penalised"] = line.plus(truncation_penalty=1, **common)
-        runs[f"{name}, left out"] = line.train(stage_of="plus", whole=True, truncation_penalty=0, **common)
+        runs[f"{name}, as it stands"] = line.ppo("plus", truncation_penalty=0, **common)
+        runs[f"{name}, penalised"] = line.ppo("plus", truncation_penalty=1, **common)
+        runs[f"{name}, left out"] = line.ppo("train", stage_of="plus", whole=True, truncation_penalty=0, **common)
     return asked(line, runs)
 
 
@@ -243,9 +239,9 @@ CUT = Experiment(
 
 def form_jobs(line):
     runs = {
-        "no EOS, system prompt": line.coarse(),
-        "no EOS, no system prompt": line.coarse(system_prompt=""),
-        "EOS, system prompt": line.coarse(eos=True),
+        "no EOS, system prompt": line.ppo("coarse"),
+        "no EOS, no system prompt": line.ppo("coarse", system_prompt=""),
+        "EOS, system prompt": line.ppo("coarse", eos=True),
     }
     return asked(line, runs, acts=True) | merged(line, runs)
 
@@ -272,7 +268,7 @@ FORM = Experiment(
 
 
 def merge_jobs(line):
-    coarse = line.coarse()
+    coarse = line.ppo("coarse")
     arms = {}
     for gamma in GAMMAS:
         merge = line.fine(coarse, gamma)
@@ -298,6 +294,7 @@ MERGE = Experiment(
         Claim("with both changes at equal norm 0.5 is better than plain 0.7", "grade",
               "equal norms, gamma 0.5", "gamma 0.7", 0.2),
     ],
+    sweep=("grade", "accuracy"), gammas={f"gamma {gamma}": gamma for gamma in GAMMAS},
     exploratory=[
         Claim("beyond 1 right answers still grow", "accuracy", "gamma 1.2", "gamma 1.0", 0.02),
         Claim("at equal norm and 0.5 more is right than at 0.7", "accuracy", "equal norms, gamma 0.5", "gamma 0.7", 0.02),
@@ -306,12 +303,12 @@ MERGE = Experiment(
 
 
 def parents_jobs(line):
-    small = line.reward(preferences=line.job("pairs", count=300))
-    long = line.reward(preferences=line.job("pairs", longer=0.5))
+    small = line.job("reward", preferences=line.job("pairs", count=300))
+    long = line.job("reward", preferences=line.job("pairs", longer=0.5))
     free = {"concise": 0, "truncation_penalty": 0}
     runs = {
-        "over-optimised": line.plus(reward_model=small, kl_coefficient=0.0, steps=60, **free),
-        "length-loving": line.plus(reward_model=long, **free),
+        "over-optimised": line.ppo("plus", reward_model=small, kl_coefficient=0.0, steps=60, **free),
+        "length-loving": line.ppo("plus", reward_model=long, **free),
     }
     return asked(line, runs) | merged(line, runs)
 
@@ -338,9 +335,14 @@ PARENTS = Experiment(
 
 
 def plus_jobs(line):
-    runs = {"plus": line.plus(), "SFT, then plus": line.plus(model=line.sft()), "no length term": line.plus(concise=0)}
-    best = line.sft(instructions=line.job("best", reward_model=line.reward()))
-    return asked(line, runs) | {"best of 8, fine-tuned": {"ask": line.ask(best)}, "sft": {"ask": line.ask(line.sft())}}
+    sft = line.job("sft")
+    runs = {
+        "plus": line.ppo("plus"),
+        "SFT, then plus": line.ppo("plus", model=sft),
+        "no length term": line.ppo("plus", concise=0),
+    }
+    best = line.job("sft", instructions=line.job("best", reward_model=line.job("reward")))
+    return asked(line, runs) | {"best of 8, fine-tuned": {"ask": line.ask(best)}, "sft": {"ask": line.ask(sft)}}
 
 
 PLUS = Experiment(
@@ -359,15 +361,6 @@ PLUS = Experiment(
     ],
 )  # fmt: skip
 
-EXPERIMENTS = {
+TINY = {
     "main": MAIN, "limit": LIMIT, "merge": MERGE, "plus": PLUS, "form": FORM, "parents": PARENTS, "cut": CUT,
 }  # fmt: skip
-
-# ---------------------------------------------------------------- a real language model: smollm2.py
-
-SMOLLM2_CLAIMS = [
-    Claim("PPO raises the reward of replies to unseen prompts", "reward", "plus", "base", 0.2),
-    Claim("a reward model of other pairs agrees", "second", "plus", "base", 0.2),
-    Claim("PPO keeps general tasks", "general", "plus", "base", 0.02, kept=True),
-    Claim("the merge at 0.7 keeps the actor's reward", "reward", "gamma 0.7", "plus", 0.2, kept=True),
-]

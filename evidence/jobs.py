@@ -137,17 +137,6 @@ def closure(jobs):
     return list(order)
 
 
-def priorities(jobs, seconds):
-    """{job: seconds of the longest chain that begins with it}: what others wait for longest goes first. seconds:
-    {job: seconds}, a job's own."""
-    order = closure(jobs)
-    chain = {}
-    for job in reversed(order):
-        readers = [chain[reader] for reader in order if job in reader.needs]
-        chain[job] = seconds[job] + max(readers, default=0.0)
-    return chain
-
-
 def start(job, cache):
     """The process of a job, its output in log.txt."""
     folder = job.folder(cache)
@@ -192,12 +181,12 @@ class Queue:
     """Jobs that wait, run, are done or have failed. `on_done(job)` is called after each, also for those that
     were done before."""
 
-    def __init__(self, jobs, cache, rank, on_done):
+    def __init__(self, jobs, cache, on_done):
         self.cache = cache
         self.on_done = on_done
         order = closure(jobs)
         self.done = {job for job in order if job.done(cache)}
-        self.waiting = sorted((job for job in order if job not in self.done), key=rank)
+        self.waiting = [job for job in order if job not in self.done]
         self.running = {}  # job: process
         self.failures = {}  # job: reason
         self.total = len(order)
@@ -248,11 +237,11 @@ class Queue:
             note(job, self.cache, seconds, False)
 
 
-def run_all(jobs, cache, workers, rank, on_done=lambda job: None):
-    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, in the order of
-    `rank(job)`. A job that fails is reported once, and the jobs that read it are left out. Returns {job:
-    reason} of both. Ctrl-C stops it, and the same command goes on."""
-    queue = Queue(jobs, cache, rank, on_done)
+def run_all(jobs, cache, workers, on_done=lambda job: None):
+    """Runs what is not done yet of `jobs` and what they read, `workers` processes at a time, in this order. A job
+    that fails is reported once, and the jobs that read it are left out. Returns {job: reason} of both. Ctrl-C
+    stops it, and the same command goes on."""
+    queue = Queue(jobs, cache, on_done)
     try:
         while queue.waiting or queue.running:
             queue.start(workers)

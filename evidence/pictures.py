@@ -1,10 +1,9 @@
 """One picture an experiment, docs/evidence/NAME.png. matplotlib is imported only where something is drawn.
 
-`data` is the `seeds` of a result file (stats.py).
+`data` are an experiment's units (claims.py), seeds as a rule.
 """
 
 import math
-import re
 from itertools import accumulate
 
 from evaluation.pictures import save
@@ -15,6 +14,7 @@ from evidence.stats import arms_of, has, values
 COLOURS = [f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()]
 HIGHER = ("grade", "accuracy", "verified_steps", "ended_rate", "general", "reward", "second_score")
 LOWER = ("toxicity", "refusal", "redundancy", "kl_end")
+MANY = 20  # units, beyond which their dots are a smear
 HEADINGS = {
     "accuracy": "share of right answers",
     "length_limit": "length limit, tokens",
@@ -42,22 +42,23 @@ def width(half):
     return 0.0 if math.isnan(half) else half
 
 
-def draw_arms(axis, data, metric, columns):
-    """An arm a row: a dot a seed, the mean and its 95% interval."""
+def draw_arms(axis, data, metric, experiment):
+    """An arm a row: the mean and its 95% interval, and a dot a unit where those are few."""
     arms = arms_of(data)
     for row, arm in enumerate(arms):
-        seeds = values(data, arm, metric)
-        if seeds:
-            mean, half = stats.interval(seeds)
-            axis.plot(seeds, [row] * len(seeds), "o", color="tab:gray", alpha=0.5, markersize=3.5)
+        points = values(data, arm, metric)
+        if points:
+            mean, half = stats.interval(points)
+            if len(points) <= MANY:
+                axis.plot(points, [row] * len(points), "o", color="tab:gray", alpha=0.5, markersize=3.5)
             axis.errorbar(mean, row, xerr=width(half), fmt="s", color=style(row)["color"], capsize=3)
-    axis.set(title=heading(metric, columns), ylim=(len(arms) - 0.5, -0.5))
+    axis.set(title=heading(metric, experiment.columns), ylim=(len(arms) - 0.5, -0.5))
     axis.set_yticks(range(len(arms)), arms)
     axis.grid(axis="x", alpha=0.3)
 
 
 def draw_band(axis, xs, columns, label, **look):
-    """The mean of each column of values, a value a seed, and a band of 95% intervals."""
+    """The mean of each column of values, a value a unit, and a band of 95% intervals."""
     means_and_halves = [stats.interval(column) for column in columns]
     means = [mean for mean, _ in means_and_halves]
     halves = [width(half) for _, half in means_and_halves]
@@ -76,7 +77,7 @@ def smooth(series, window):
     return means
 
 
-def draw_curve(axis, data, metric, columns):
+def draw_curve(axis, data, metric, experiment):
     """A metric along the training, over the tokens that were generated until then."""
     for index, arm in enumerate(arms_of(data)):
         runs = [series for series in values(data, arm, "series") if metric in series]
@@ -85,50 +86,43 @@ def draw_curve(axis, data, metric, columns):
             window = 1 if metric == "length_limit" else 5
             curves = [smooth(series[metric], window) for series in runs]
             draw_band(axis, list(accumulate(tokens)), list(zip(*curves)), arm, **style(index))
-    axis.set(title=heading(metric, columns), xlabel="thousand tokens generated in training")
+    axis.set(title=heading(metric, experiment.columns), xlabel="thousand tokens generated in training")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
 
-def draw_depths(axis, data, _, columns):
+def draw_depths(axis, data, _, experiment):
     """Right answers by the number of operations of the question."""
     for index, arm in enumerate(arms_of(data)):
         metrics = [metric for metric in DEPTHS if values(data, arm, metric)]
         operations = [int(metric.removeprefix("accuracy_")) for metric in metrics]
         draw_band(axis, operations, [values(data, arm, metric) for metric in metrics], arm, **style(index))
-    axis.set(title=heading("accuracy", columns), xlabel="operations of the question")
+    axis.set(title=heading("accuracy", experiment.columns), xlabel="operations of the question")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
 
 
-def gammas(data):
-    """{arm: gamma} of the plain merges."""
-    return {arm: float(arm.split()[1]) for arm in arms_of(data) if re.fullmatch(r"gamma [\d.]+", arm)}
-
-
-def draw_gammas(axis, data, _, columns):
-    """Grade, on the left axis, and accuracy, on the right one, over gamma."""
-    places = gammas(data)
-    for index, (metric, side) in enumerate({"grade": axis, "accuracy": axis.twinx()}.items()):
-        cells = [values(data, arm, metric) for arm in places]
-        if all(cells):
-            draw_band(side, list(places.values()), cells, metric, marker="o", **style(index))
-        side.set_ylabel(HEADINGS.get(metric, columns.get(metric)), color=style(index)["color"])
-    axis.set_title("exam and right answers over gamma\n(higher is better)")
+def draw_sweep(axis, data, _, experiment):
+    """Two metrics over gamma, on the left axis and on the right one."""
+    for index, (metric, side) in enumerate(zip(experiment.sweep, (axis, axis.twinx()))):
+        cells = [values(data, arm, metric) for arm in experiment.gammas]
+        draw_band(side, list(experiment.gammas.values()), cells, metric, marker="o", **style(index))
+        side.set_ylabel(HEADINGS.get(metric, experiment.columns[metric]), color=style(index)["color"])
+    axis.set_title("over gamma\n(higher is better)")
     axis.grid(alpha=0.3)
     axis.set_xlabel("gamma: 0 is the instruction model, 1 the Coarse Actor")
 
 
 def panels(experiment, data):
     """[(function, metric)] of what the picture of an experiment has."""
-    metrics = dict.fromkeys([experiment.claims[0].metric, "accuracy"])  # each once
+    metrics = dict.fromkeys([experiment.claims[0].metric, "accuracy", "second"])  # each once
     parts = [(draw_arms, metric) for metric in metrics if has(data, metric)]
     if has(data, "series"):
         parts += [(draw_curve, metric) for metric in experiment.curves]
     if any(metric in experiment.columns and has(data, metric) for metric in DEPTHS):
         parts.append((draw_depths, ""))
-    if gammas(data):
-        parts.append((draw_gammas, ""))
+    if experiment.sweep:
+        parts.append((draw_sweep, ""))
     return parts
 
 
@@ -141,9 +135,8 @@ def draw(experiment, data, path):
     figure = Figure(figsize=(2.2 + 4.6 * len(parts), height), layout="constrained")
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for axis, (function, metric) in zip(axes, parts):
-        function(axis, data, metric, experiment.columns)
+        function(axis, data, metric, experiment)
         if function is draw_arms and axis is not axes[0]:
             axis.set_yticklabels([])
-    seeds = f"{len(data)} seed{'s' * (len(data) > 1)}"
-    figure.suptitle(f"{experiment.title}: {seeds}, 95% intervals", fontsize="medium")
+    figure.suptitle(f"{experiment.title}: {experiment.unit}: {len(data)}, 95% intervals", fontsize="medium")
     save(figure, path)

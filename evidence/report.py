@@ -1,6 +1,6 @@
 """docs/EVIDENCE.md and CLAIMS.md, in words. Every number comes from the experiments' result files.
 
-`data` is the `seeds` of a result file (stats.py). A claim that has no figures there is listed as not run.
+`data` are an experiment's units (claims.py), seeds as a rule. A claim that has no figures is listed as not run.
 """
 
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evidence import pictures, stats
-from evidence.claims import SMOLLM2_CLAIMS, Claim
+from evidence.claims import Claim
 from evidence.stats import arms_of, values
 from support.files import read_json, write_text
 
@@ -17,18 +17,19 @@ from support.files import read_json, write_text
 
 @dataclass
 class Row:
-    """A primary claim and what the seeds say of it; without a difference where it was not run."""
+    """A primary claim and what the units say of it; without a difference where it was not run."""
 
     number: int
     experiment: str
     claim: Claim
     difference: stats.Difference | None
+    unit: str = "seeds"
     p: float = 1.0  # corrected for the number of claims
     verdict: str = "not run"
 
 
 def compare(claim, data):
-    """The Difference a - b over the seeds that have both; None where there are none."""
+    """The Difference a - b over the units that have both; None where there are none."""
     a = []
     b = []
     for arms in data.values():
@@ -50,19 +51,19 @@ def p_value(claim, difference):
 
 
 def judge(experiments, results):
-    """A Row for each primary claim, numbered through all experiments. The p-values of all that were run are
-    corrected together. results: {name: its JSON, or None}."""
+    """A Row for each primary claim, numbered through all experiments. The p-values of all that were run over the
+    same kind of unit are corrected together. results: {name: its JSON, or None}."""
     rows = []
     for name, experiment in experiments.items():
-        data = results[name]["seeds"] if results.get(name) else {}
+        data = experiment.data_of(results[name]["seeds"]) if results.get(name) else {}
         for claim in experiment.claims:
-            rows.append(Row(len(rows) + 1, name, claim, compare(claim, data)))
-    tested = [row for row in rows if row.difference]
-    corrected = stats.holm([p_value(row.claim, row.difference) for row in tested])
-    for row, p in zip(tested, corrected):
-        claim = row.claim
-        row.p = p
-        row.verdict = stats.verdict(favour(claim, row.difference), p, claim.margin, claim.kept)
+            rows.append(Row(len(rows) + 1, name, claim, compare(claim, data), experiment.unit))
+    for unit in {row.unit for row in rows}:
+        tested = [row for row in rows if row.unit == unit and row.difference]
+        corrected = stats.holm([p_value(row.claim, row.difference) for row in tested])
+        for row, p in zip(tested, corrected):
+            row.p = p
+            row.verdict = stats.verdict(favour(row.claim, row.difference), p, row.claim.margin, row.claim.kept)
     return rows
 
 
@@ -104,11 +105,13 @@ def table(headings, rows):
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
-def verdict_table(rows):
-    """All primary claims, those that fail first, those that were not run last."""
+def verdict_table(rows, unit):
+    """The primary claims about such units, those that fail first, those that were not run last."""
     order = [*stats.VERDICTS, "not run"]
     lines = []
     for row in sorted(rows, key=lambda row: order.index(row.verdict)):
+        if row.unit != unit:
+            continue
         cells = [row.number, row.experiment, row.claim.text]
         if row.difference:
             verdict = f"**{row.verdict}**"
@@ -119,7 +122,7 @@ def verdict_table(rows):
         else:
             cells += ["not run", "", "", ""]
         lines.append(cells)
-    return table(["", "experiment", "claim", "verdict", "difference [95%]", "p, Holm", "seeds"], lines)
+    return table(["", "experiment", "claim", "verdict", "difference [95%]", "p, Holm", unit], lines)
 
 
 def is_small(row):
@@ -128,7 +131,7 @@ def is_small(row):
 
 
 def arm_table(columns, data):
-    """An arm a row: mean ± half of the 95% t interval over seeds. Columns that no arm has are left out."""
+    """An arm a row: mean ± half of the 95% t interval over units. Columns that no arm has are left out."""
     arms = arms_of(data)
     by_column = {}
     for metric in columns:
@@ -160,52 +163,54 @@ def exploratory_text(claim, data):
     return f"{claim.text}: {difference_text(claim, difference)}, p {p} uncorrected"
 
 
-def section(name, experiment, result):
-    """The lines about an experiment that has results."""
-    data = result["seeds"]
-    lines = [f"## {name}: {experiment.title}", "", experiment.about, ""]
+def section(name, experiment, result, rows):
+    """The lines about an experiment that has results. rows: of `judge`."""
+    data = experiment.data_of(result["seeds"])
+    machine = result["machine"]
+    cost = f"{result['core_hours_a_seed']} core hours a seed with what it shares with other experiments"
+    source = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, {result['made']}"
+    seeds = f"seeds {', '.join(result['seeds'])} of {experiment.seeds}"
+    lines = [f"## {name}: {experiment.title}", ""]
+    lines += [f"{experiment.about} `{result['command']}`: {seeds}; {cost}; {source}.", ""]
+    if experiment.unit != "seeds":
+        lines += [*verdict_table(rows, experiment.unit), ""]
     lines += [*arm_table(experiment.columns, data), ""]
     if experiment.exploratory:
         texts = [exploratory_text(claim, data) for claim in experiment.exploratory]
         lines += [f"Exploratory, thought of after the runs: {'; '.join(texts)}.", ""]
-    machine = result["machine"]
-    processor = machine.get("gpu") or machine["cpu"]
-    cost = f"{result['core_hours']} core hours with what it shares with other experiments"
-    source = f"{processor}, torch {machine['torch']}, {result['made']}"
-    lines += [f"![{experiment.title}](evidence/{name}.png)", ""]
-    return [*lines, f"`{result['command']}`: seeds {', '.join(data)}; {cost}; {source}.", ""]
+    return [*lines, f"![{experiment.title}](evidence/{name}.png)", ""]
 
 
 HEAD = """# Evidence: the papers' claims on the tiny world
 
-Mistral-Plus and Mistral-C2F claim much and leave much untested. Here their claims are tested on the bundled
-world (data/world.py), a small synthetic English in which they can be true or false. A question asks for the
-outcome of one to eight operations, and a checker knows the truth. An answer given at once is a guess.
-An answer of a sentence an operation fails on long chains. An answer that writes each sum
-out is long, and nearly always right. So length buys what short answers cannot hold, and the limit on length
-decides what training can find. The instruction data teaches what PPO does not reward: facts, and a closing
-sentence. The models have 1.2 million parameters: what holds here need not hold at seven billion, and what
-fails here may hold there.
+Mistral-Plus and Mistral-C2F claim much and leave much untested. Here their claims are tested on the bundled world
+(data/world.py), a small synthetic English in which they can be true or false. A question asks for the outcome of one to
+eight operations, and a checker knows the truth. An answer given at once is a guess. An answer of a sentence an
+operation fails on long chains. An answer that writes each sum out is long, and nearly always right. So length buys what
+short answers cannot hold, and the limit on length decides what training can find. The instruction data teaches what PPO
+does not reward: facts, and a closing sentence. The models have 1.2 million parameters: what holds here need not hold at
+seven billion, and what fails here may hold there.
 
-The claims stood in [CLAIMS.md](../evidence/CLAIMS.md) before the runs, each with the least effect that
-matters. All arms of an experiment have the same seeds, so two arms are compared by their differences seed
-by seed (paired t-test). The p-values of all claims below are corrected together by Holm's method. A claim
-**holds** where its corrected p is below 0.05 and the difference lies on the side that it names; "no less"
-and "no more" are one-sided tests against a loss of the size that matters. It **fails** where the 95%
-interval, uncorrected, excludes an effect of that size. Otherwise it is **undecided**. A difference is the
-arm's figure less its rival's, as CLAIMS.md names them; ± is half a 95% interval over seeds.
+The claims stood in [CLAIMS.md](../evidence/CLAIMS.md) before the runs, each with the least effect that matters. All
+arms of an experiment have the same seeds, so two arms are compared by their differences seed by seed (paired t-test).
+The p-values of all claims in the next table are corrected together by Holm's method. A claim **holds** where its
+corrected p is below 0.05 and the difference lies on the side that it names; "no less" and "no more" are one-sided tests
+against a loss of the size that matters. It **fails** where the 95% interval, uncorrected, excludes an effect of that
+size. Otherwise it is **undecided**. A difference is the arm's figure less its rival's, as CLAIMS.md names them; ± is
+half a 95% interval over seeds.
 """
 
 
 def page(experiments, results):
     """The text of EVIDENCE.md. results: {name: its JSON, or None}."""
-    lines = [HEAD, *verdict_table(judge(experiments, results)), ""]
+    rows = judge(experiments, results)
+    lines = [HEAD, *verdict_table(rows, "seeds"), ""]
     missing = [name for name in experiments if not results[name]]
     if missing:
         lines += [f"No results yet: `python evidence/experiments.py {' '.join(missing)}`.", ""]
     for name, experiment in experiments.items():
         if results[name]:
-            lines += section(name, experiment, results[name])
+            lines += section(name, experiment, results[name], rows)
     return "\n".join(lines)
 
 
@@ -217,8 +222,8 @@ says how they come about. `python evidence/experiments.py --claims` writes this 
 """
 
 
-SMOLLM2_HEAD = """
-On SmolLM2-135M ([smollm2.py](smollm2.py)) four more, corrected among themselves. Intervals are over prompts and
+CLAIMS_TAIL = """
+Those on SmolLM2-135M ([smollm2.py](smollm2.py)) are corrected among themselves. Intervals are over prompts and
 questions, which stand in the place of seeds; scores are in deviations of the base's.
 """
 
@@ -226,13 +231,12 @@ questions, which stand in the place of seeds; scores are in deviations of the ba
 def claims_page(experiments):
     """The text of CLAIMS.md."""
     headings = ["", "experiment", "claim", "measure", "arm", "direction", "rival", "matters from"]
-    lines = [[row.number, row.experiment, *claim_cells(row.claim)] for row in judge(experiments, {})]
-    real = [claim_cells(claim) for claim in SMOLLM2_CLAIMS]
-    return "\n".join([CLAIMS_HEAD, *table(headings, lines), SMOLLM2_HEAD, *table(headings[2:], real), ""])
-
-
-def claim_cells(claim):
-    return [claim.text, f"`{claim.metric}`", claim.a, direction(claim), claim.b, f"{claim.margin:g}"]
+    lines = []
+    for row in judge(experiments, {}):
+        claim = row.claim
+        comparison = [f"`{claim.metric}`", claim.a, direction(claim), claim.b]
+        lines.append([row.number, row.experiment, claim.text, *comparison, f"{claim.margin:g}"])
+    return "\n".join([CLAIMS_HEAD, *table(headings, lines), CLAIMS_TAIL])
 
 
 # ---------------------------------------------------------------- files
@@ -251,7 +255,8 @@ def write(experiments, results, docs):
     folder.mkdir(parents=True, exist_ok=True)
     for name, result in by_name.items():
         if result:
-            pictures.draw(experiments[name], result["seeds"], folder / f"{name}.png")
+            experiment = experiments[name]
+            pictures.draw(experiment, experiment.data_of(result["seeds"]), folder / f"{name}.png")
     path = Path(docs) / "EVIDENCE.md"
     write_text(path, page(experiments, by_name))
     print(path)

@@ -8,8 +8,9 @@ import torch
 import c2f
 from data import dialogue, read_preferences, world
 from evidence import report, smollm2, stages
-from evidence.claims import SMOLLM2_CLAIMS, Experiment, Line
+from evidence.claims import Line
 from evidence.jobs import Job, closure
+from evidence.smollm2 import SMOLLM2
 from reward import RewardModel
 from support.options import build_parser
 from tokenizer import load_tokenizer
@@ -21,9 +22,8 @@ def run_stage(stage, folder, *arguments):
 
 def jobs_of(tmp_path):
     """All jobs of two seeds."""
-    options = smollm2.parse_options(["--model", str(world.TINY / "base"), "--data", str(tmp_path)])
-    jobs = smollm2.describe(options).jobs
-    return closure([roles["ask"] for seed in (1, 2) for roles in jobs(Line(seed)).values()])
+    lines = [Line(seed, model=str(world.TINY / "base"), data=str(tmp_path)) for seed in (1, 2)]
+    return closure([roles["ask"] for line in lines for roles in SMOLLM2.jobs(line).values()])
 
 
 def test_every_command_is_understood(tmp_path):
@@ -104,11 +104,10 @@ def test_items_take_the_place_of_seeds():
     for seed, shift in {"1": 2.0, "2": 4.0}.items():
         plus = {name: [x + shift for x in values] for name, values in base.items()}
         seeds[seed] = {"base": base, "plus": plus, "gamma 0.7": base}
-    data = smollm2.figures_of(seeds)
+    data = smollm2.items_of(seeds)
     assert data["prompt 0"]["base"]["reward"] == -1 and data["question 2"]["base"]["general"] == 5
     assert data["prompt 2"]["plus, seed 1"]["second"] == 2 and data["prompt 2"]["plus"]["length"] == 8
-    assert set(data["prompt 1"]) == {"base", *(f"{a}{s}" for a in ("plus", "gamma 0.7") for s in ("", ", seed 1", ", seed 2"))}
-    experiment = Experiment("", "", None, smollm2.COLUMNS, SMOLLM2_CLAIMS)
-    rows = report.judge({"smollm2": experiment}, {"smollm2": {"seeds": data}})
+    assert set(data["prompt 1"]) == {"base", "gamma 0.7", "plus", "plus, seed 1", "plus, seed 2"}
+    rows = report.judge({"smollm2": SMOLLM2}, {"smollm2": {"seeds": seeds}})
     assert [row.verdict for row in rows] == ["holds", "holds", "holds", "fails"]
     assert [row.difference.mean for row in rows] == [1.5, 1.5, 3, -1.5] and rows[0].difference.n == 3

@@ -19,7 +19,8 @@ import c2f
 from data import read_preferences, split_by_first_turn, world
 from evaluation.answers import Speaker
 from evidence import claims, experiments, jobs, report, stages, stats
-from evidence.claims import EXPERIMENTS, Claim, Line
+from evidence.claims import TINY, Claim, Experiment, Line
+from evidence.experiments import EXPERIMENTS
 from evidence.jobs import Job
 from evidence.stats import Difference
 from generation import Sampling
@@ -158,11 +159,9 @@ def test_command_and_order(tmp_path):
     assert "--no-eos" in command and "--resume" in command
     assert command[command.index("--reward-model") + 1] == str(tmp_path / f"reward-{reward.key}/reward")
     assert jobs.closure([plus, reward]) == [reward, plus] and plus.needs == (reward,)
-    chain = jobs.priorities([plus], dict.fromkeys((plus, reward), 10.0))
-    assert chain[reward] == 20 and chain[plus] == 10
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", TINY)
 def test_every_command_is_understood(name, tmp_path, monkeypatch):
     """The program of each job parses its command, and gets every option that it was given."""
     parser = build_parser(c2f.Options, "c2f.py", "", "")
@@ -210,7 +209,7 @@ def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch):
 
     def run():
         done.clear()
-        return jobs.run_all([after_bad, after_good], tmp_path, 2, lambda job: job.key, done.append)
+        return jobs.run_all([after_bad, after_good], tmp_path, 2, done.append)
 
     failures = run()
     assert set(failures) == {bad, after_bad} and "gamma" in failures[bad] and set(done) == {good, after_good}
@@ -226,11 +225,15 @@ def test_finished_jobs_are_not_run_again(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- experiments
 
 
+def jobs_of(name, seeds, first=1):
+    return experiments.jobs_of(name, SimpleNamespace(first=first, seeds=seeds, smoke=False, model="", data=""))
+
+
 def test_every_experiment_has_the_arms_that_its_claims_compare():
     for name, experiment in EXPERIMENTS.items():
-        by_seed = experiments.jobs_of(name, 2)
+        by_seed = jobs_of(name, 2)
         assert len({tuple(arms) for arms in by_seed.values()}) == 1
-        assert not set(experiments.flat(by_seed[1])) & set(experiments.flat(by_seed[2]))
+        assert name == "smollm2" or not set(experiments.flat(by_seed[1])) & set(experiments.flat(by_seed[2]))
         for claim in experiment.claims + experiment.exploratory:
             assert claim.a != claim.b and {claim.a, claim.b} <= set(by_seed[1]), claim.text
             assert claim.margin > 0
@@ -253,22 +256,28 @@ def write_output(job, cache):
 
 
 def test_figures_are_read_off_the_jobs(tmp_path):
-    """Only seeds whose jobs are all done count; an earlier set of more seeds stays until there are as many
-    again."""
+    """Only seeds whose jobs are all done count; those that were measured before stay, where they are not
+    measured again."""
     options = SimpleNamespace(cache=tmp_path / "cache", results=tmp_path / "results")
-    by_seed = experiments.jobs_of("parents", 3)
-    jobs_of = {seed: experiments.flat(arms) for seed, arms in by_seed.items()}
-    for job in [*jobs_of[1], *jobs_of[2], *jobs_of[3][:-1]]:
+    by_seed = jobs_of("parents", 3)
+    needed = {seed: experiments.flat(arms) for seed, arms in by_seed.items()}
+    for job in [*needed[1], *needed[2], *needed[3][:-1]]:
         write_output(job, options.cache)
     experiments.measure("parents", by_seed, options)
     result = json.loads((options.results / "parents.json").read_text())
     assert list(result["seeds"]) == ["1", "2"]
     arm = result["seeds"]["1"]["length-loving"]
     assert arm["length"] == 1 and arm["series"]["reward"] == [0.5] and arm["ktokens"] == 0.0005
-    assert result["core_hours"] == round(36 * (len(jobs_of[1]) + len(jobs_of[2])) / 3600, 2)
-    assert set(result["seconds_a_stage"].values()) == {36.0}
+    assert result["core_hours_a_seed"] == round(36 * len(needed[1]) / 3600, 2)
+    write_output(needed[3][-1], options.cache)
+    (by_seed[1]["length-loving"]["ask"].output(options.cache)).write_text('{"length": 7}')
+    experiments.measure("parents", jobs_of("parents", 3, first=3), options)
+    later = json.loads((options.results / "parents.json").read_text())
+    assert list(later["seeds"]) == ["1", "2", "3"] and later["seeds"]["3"]["length-loving"]["length"] == 3
+    assert later["seeds"]["1"] == result["seeds"]["1"], "not read again"
     experiments.measure("parents", {1: by_seed[1]}, options)
-    assert json.loads((options.results / "parents.json").read_text()) == result
+    again = json.loads((options.results / "parents.json").read_text())
+    assert again["seeds"]["1"]["length-loving"]["length"] == 7 and again["seeds"]["2"] == result["seeds"]["2"]
 
 
 def test_rows_without_a_second_score(tmp_path):
@@ -290,6 +299,7 @@ def test_seed_by_seed_through_all_experiments(tmp_path, monkeypatch, capsys):
 
     small = {"x": experiment("best"), "y": experiment("merge")}
     monkeypatch.setattr(experiments, "EXPERIMENTS", small)
+    monkeypatch.setattr(experiments, "TINY", small)
     monkeypatch.setattr(experiments.report, "write", lambda *arguments: None)
     started = []
     start = jobs.start
@@ -305,13 +315,14 @@ def test_seed_by_seed_through_all_experiments(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert experiments.main([*command, "--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split()[:3] == ["x", "9", "9"] and lines[2].split()[:3] == ["y", "3", "3"]
-    assert "to go: 0.0 hours" in lines[3]
+    for name, line in zip(small, lines[1:], strict=True):
+        assert line.split()[:4] == [name, "9", "9", "3"], "jobs, those done, and seeds that are measured"
 
 
 def test_mistakes_are_refused(capsys):
     for arguments, message in {("nothing_like_it",): "there are main, ", (): "which experiment?",
-                               ("main", "--seeds", "0"): "at least 1"}.items():  # fmt: skip
+                               ("main", "--seeds", "0"): "at least 1", ("smollm2",): "--model: none",
+                               ("smollm2", "--model", ".", "--data", "no/where"): "--data: no/where"}.items():  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             experiments.main(list(arguments))
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -330,11 +341,13 @@ def made_up(name, seeds=3):
         data[str(seed)] = {}
         for arm, roles in experiment.jobs(Line(0)).items():
             figures = {metric: rng.random() for metric in metrics}
+            if experiment.unit == "items":
+                figures = {metric: [rng.random() for _ in range(5)] for metric in metrics}
             if "ppo" in roles:
                 figures["series"] = {metric: [rng.random() for _ in range(6)] for metric in claims.SERIES}
             data[str(seed)][arm] = figures
-    facts = {"command": f"python evidence/experiments.py {name} --seeds {seeds}", "made": "2026-01-01"}
-    return facts | {"core_hours": 1.0, "machine": {"cpu": "one", "torch": "2"}, "seeds": data}
+    facts = {"command": f"python evidence/experiments.py {name}", "made": "2026-01-01"}
+    return facts | {"core_hours_a_seed": 1.0, "machine": {"cpu": "one", "torch": "2"}, "seeds": data}
 
 
 def rows_of(text):
@@ -349,7 +362,7 @@ def rows_of(text):
 
 
 def primary():
-    return [claim for experiment in EXPERIMENTS.values() for claim in experiment.claims]
+    return [claim for experiment in TINY.values() for claim in experiment.claims]
 
 
 def write_page(tmp_path, results):
@@ -368,6 +381,8 @@ def test_the_page_of_all_experiments(tmp_path, seeds):
     text = write_page(tmp_path, {name: made_up(name, seeds) for name in EXPERIMENTS})
     assert text.count("\n") <= 200 and "not run" not in text and "No results" not in text
     rows = rows_of(text)
+    real = [rows.pop(len(primary()) + i) for i in range(1, 5)]  # in the section of the real model
+    assert [cells[2] for cells in real] == [claim.text for claim in EXPERIMENTS["smollm2"].claims]
     assert sorted(rows) == list(range(1, len(primary()) + 1))
     assert [rows[i + 1][2] for i in range(len(rows))] == [claim.text for claim in primary()]
     verdicts = [cells[3].strip("*").split("*")[0] for cells in rows.values()]
@@ -404,13 +419,14 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     assert f"No results yet: `python evidence/experiments.py {' '.join(list(EXPERIMENTS)[1:])}`." in text
 
 
-def experiment_of(*claims_):
-    return SimpleNamespace(claims=list(claims_))
+def experiment_of(*claims_, unit="seeds"):
+    return Experiment("", "", None, {}, list(claims_), unit=unit)
 
 
-def test_all_claims_are_corrected_together():
+def test_claims_about_the_same_kind_of_unit_are_corrected_together():
     """Four claims of two experiments over three seeds. With differences d - e, d, d + e their t is d sqrt(3)
-    / e, whose tail at two degrees of freedom is algebraic; Holm's factors are 4, 3, 2, 1."""
+    / e, whose tail at two degrees of freedom is algebraic; Holm's factors are 4, 3, 2, 1. A claim about items
+    is by itself."""
     shapes = {"a": (1.0, 0.1), "b": (1.0, 0.2), "c": (-1.0, 0.25), "d": (0.0, 0.3)}  # d and e of each arm
     data = {}
     for seed, side in enumerate((-1, 0, 1)):
@@ -419,12 +435,14 @@ def test_all_claims_are_corrected_together():
         "x": experiment_of(Claim("a", "m", "a", "zero", 0.5), Claim("b", "m", "b", "zero", 0.5)),
         "y": experiment_of(Claim("c", "m", "c", "zero", 0.5, sign=-1),
                            Claim("d", "m", "d", "zero", 1.5, sign=-1, kept=True)),
+        "z": experiment_of(Claim("b", "m", "b", "zero", 0.5), unit="items"),
     }  # fmt: skip
-    rows = report.judge(experiments_, {"x": {"seeds": data}, "y": {"seeds": data}})
+    *rows, alone = report.judge(experiments_, dict.fromkeys("xyz", {"seeds": data}))
     p_a, p_b, p_c = (2 * tail_of_two(math.sqrt(3) / e) for e in (0.1, 0.2, 0.25))
     p_d = tail_of_two(1.5 * math.sqrt(3) / 0.3)
     assert p_a < p_d < p_b < p_c
     assert [row.number for row in rows] == [1, 2, 3, 4]
+    assert alone.p == pytest.approx(p_b, abs=1e-5)
     assert [row.p for row in rows] == pytest.approx([4 * p_a, 2 * p_b, 2 * p_b, 3 * p_d], abs=1e-5)
     assert p_c < 2 * p_b, "no p is less than one before it"
     assert [row.verdict for row in rows] == ["holds", "holds", "holds", "holds"]
@@ -448,12 +466,12 @@ def test_exploratory_claims_are_marked_and_change_no_other(tmp_path, monkeypatch
 
 
 def test_claims_are_listed_before_any_run(tmp_path):
-    """At most 24 of them, each a row by itself."""
+    """At most 24 of them, each a row by itself; behind them those on a real model."""
     assert experiments.main(["--claims", "--results", str(tmp_path / "results")]) == 0
     rows = rows_of((tmp_path / "CLAIMS.md").read_text())
-    assert len(rows) == len(primary()) <= 24
+    assert len(rows) - 4 == len(primary()) <= 24
     directions = {(1, False): "more", (-1, False): "less", (1, True): "no less", (-1, True): "no more"}
-    for claim, cells in zip(primary(), rows.values()):
+    for claim, cells in zip(primary() + EXPERIMENTS["smollm2"].claims, rows.values(), strict=True):
         comparison = [f"`{claim.metric}`", claim.a, directions[claim.sign, claim.kept], claim.b]
         assert cells[2:] == [claim.text, *comparison, f"{claim.margin:g}"]
     assert not (tmp_path / "results").exists()
@@ -732,7 +750,7 @@ def test_answers_have_every_figure_that_is_read(models, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(measured(claims.SERIES) | {"stage": "plus"}) + "\n")
     _, changes = merged(models, tmp_path, 0.5)
     names = {*figures, *claims.ppo_numbers(tmp_path / "plus"), *changes, *claims.DEPTHS}
-    for experiment in EXPERIMENTS.values():
+    for experiment in TINY.values():
         assert set(experiment.columns) <= names
         assert {claim.metric for claim in experiment.claims + experiment.exploratory} <= names
         assert set(experiment.curves) <= set(claims.SERIES)
