@@ -1,4 +1,5 @@
-"""docs/EVIDENCE.md and CLAIMS.md, in words. Every number comes from the experiments' result files.
+"""docs/EVIDENCE.md and CLAIMS.md, in words. Every number comes from the experiments' result files; what they come to
+is written by hand, in findings.md beside them.
 
 `data` are an experiment's units (claims.py), seeds as a rule. A claim that has no figures is listed as not run.
 """
@@ -201,10 +202,10 @@ half a 95% interval over seeds.
 """
 
 
-def page(experiments, results):
-    """The text of EVIDENCE.md. results: {name: its JSON, or None}."""
+def page(experiments, results, findings=""):
+    """The text of EVIDENCE.md. results: {name: its JSON, or None}; findings: what it comes to, in words."""
     rows = judge(experiments, results)
-    lines = [HEAD, *verdict_table(rows, "seeds"), ""]
+    lines = [HEAD, *verdict_table(rows, "seeds"), "", findings]
     missing = [name for name in experiments if not results[name]]
     if missing:
         lines += [f"No results yet: `python evidence/experiments.py {' '.join(missing)}`.", ""]
@@ -258,5 +259,6 @@ def write(experiments, results, docs):
             experiment = experiments[name]
             pictures.draw(experiment, experiment.data_of(result["seeds"]), folder / f"{name}.png")
     path = Path(docs) / "EVIDENCE.md"
-    write_text(path, page(experiments, by_name))
+    findings = Path(results) / "findings.md"
+    write_text(path, page(experiments, by_name, findings.read_text() if findings.exists() else ""))
     print(path)

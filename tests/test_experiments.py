@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -479,8 +480,22 @@ def test_claims_are_listed_before_any_run(tmp_path):
 
 def test_the_pages_of_the_repository_are_what_claims_and_results_say():
     found = report.read(EXPERIMENTS, ROOT / "evidence/results")
-    assert report.page(EXPERIMENTS, found) == (ROOT / "docs/EVIDENCE.md").read_text()
+    findings = (ROOT / "evidence/results/findings.md").read_text()
+    assert report.page(EXPERIMENTS, found, findings) == (ROOT / "docs/EVIDENCE.md").read_text()
     assert report.claims_page(EXPERIMENTS) == (ROOT / "evidence/CLAIMS.md").read_text()
+
+
+def test_the_findings_name_each_claim_under_its_verdict():
+    """Every primary claim that was run stands in one finding, which gives it the verdict of the results."""
+    named = {}
+    for line in (ROOT / "evidence/results/findings.md").read_text().splitlines():
+        match = re.match(r"- \*\*(Holds|Fails|Undecided)\*\* \(([\d, ]+)\): ", line)
+        if match:
+            for number in match[2].split(", "):
+                assert number not in named
+                named[number] = match[1].lower()
+    rows = report.judge(EXPERIMENTS, report.read(EXPERIMENTS, ROOT / "evidence/results"))
+    assert named == {str(row.number): row.verdict for row in rows if row.difference}
 
 
 # ---------------------------------------------------------------- stages: preferences and the checker
