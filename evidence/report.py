@@ -106,24 +106,22 @@ def table(headings, rows):
     return ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
 
 
-def verdict_table(rows, unit):
-    """The primary claims about such units, those that fail first, those that were not run last."""
+def verdict_table(rows):
+    """All primary claims, those that fail first, those that were not run last."""
     order = [*stats.VERDICTS, "not run"]
     lines = []
     for row in sorted(rows, key=lambda row: order.index(row.verdict)):
-        if row.unit != unit:
-            continue
         cells = [row.number, row.experiment, row.claim.text]
         if row.difference:
             verdict = f"**{row.verdict}**"
             if row.verdict == "holds" and not row.claim.kept and is_small(row):
                 verdict += ", too small to matter"
             p = p_text(row.p) if row.difference.n > 1 else ""
-            cells += [verdict, difference_text(row.claim, row.difference), p, row.difference.n]
+            cells += [verdict, difference_text(row.claim, row.difference), p, f"{row.difference.n} {row.unit}"]
         else:
             cells += ["not run", "", "", ""]
         lines.append(cells)
-    return table(["", "experiment", "claim", "verdict", "difference [95%]", "p, Holm", unit], lines)
+    return table(["", "experiment", "claim", "verdict", "difference [95%]", "p, Holm", "over"], lines)
 
 
 def is_small(row):
@@ -164,8 +162,8 @@ def exploratory_text(claim, data):
     return f"{claim.text}: {difference_text(claim, difference)}, p {p} uncorrected"
 
 
-def section(name, experiment, result, rows):
-    """The lines about an experiment that has results. rows: of `judge`."""
+def section(name, experiment, result):
+    """The lines about an experiment that has results."""
     data = experiment.data_of(result["seeds"])
     machine = result["machine"]
     cost = f"{result['core_hours_a_seed']} core hours a seed with what it shares with other experiments"
@@ -173,16 +171,14 @@ def section(name, experiment, result, rows):
     seeds = f"seeds {', '.join(result['seeds'])} of {experiment.seeds}"
     lines = [f"## {name}: {experiment.title}", ""]
     lines += [f"{experiment.about} `{result['command']}`: {seeds}; {cost}; {source}.", ""]
-    if experiment.unit != "seeds":
-        lines += [*verdict_table(rows, experiment.unit), ""]
     lines += [*arm_table(experiment.columns, data), ""]
     if experiment.exploratory:
         texts = [exploratory_text(claim, data) for claim in experiment.exploratory]
-        lines += [f"Exploratory, thought of after the runs: {'; '.join(texts)}.", ""]
+        lines.append(f"Exploratory, thought of after the runs: {'; '.join(texts)}.")
     return [*lines, f"![{experiment.title}](evidence/{name}.png)", ""]
 
 
-HEAD = """# Evidence: the papers' claims on the tiny world
+HEAD = """# Evidence: the papers' claims as experiments
 
 Mistral-Plus and Mistral-C2F claim much and leave much untested. Here their claims are tested on the bundled world
 (data/world.py), a small synthetic English in which they can be true or false. A question asks for the outcome of one to
@@ -193,25 +189,24 @@ does not reward: facts, and a closing sentence. The models have 1.2 million para
 seven billion, and what fails here may hold there.
 
 The claims stood in [CLAIMS.md](../evidence/CLAIMS.md) before the runs, each with the least effect that matters. All
-arms of an experiment have the same seeds, so two arms are compared by their differences seed by seed (paired t-test).
-The p-values of all claims in the next table are corrected together by Holm's method. A claim **holds** where its
-corrected p is below 0.05 and the difference lies on the side that it names; "no less" and "no more" are one-sided tests
-against a loss of the size that matters. It **fails** where the 95% interval, uncorrected, excludes an effect of that
-size. Otherwise it is **undecided**. A difference is the arm's figure less its rival's, as CLAIMS.md names them; ± is
-half a 95% interval over seeds.
+arms of an experiment have the same seeds, so two arms are compared by their differences seed by seed (paired t-test);
+on the real model item by item. The p-values of all claims over seeds are corrected together by Holm's method, and those
+over items. A claim **holds** where its corrected p is below 0.05 and the difference lies on the side that it names; "no
+less" and "no more" are one-sided tests against a loss of the size that matters. It **fails** where the 95% interval,
+uncorrected, excludes an effect of that size. Otherwise it is **undecided**. A difference is the arm's figure less its
+rival's, as CLAIMS.md names them; ± is half a 95% interval.
 """
 
 
 def page(experiments, results, findings=""):
     """The text of EVIDENCE.md. results: {name: its JSON, or None}; findings: what it comes to, in words."""
-    rows = judge(experiments, results)
-    lines = [HEAD, *verdict_table(rows, "seeds"), "", findings]
+    lines = [HEAD, *verdict_table(judge(experiments, results)), "", findings]
     missing = [name for name in experiments if not results[name]]
     if missing:
         lines += [f"No results yet: `python evidence/experiments.py {' '.join(missing)}`.", ""]
     for name, experiment in experiments.items():
         if results[name]:
-            lines += section(name, experiment, results[name], rows)
+            lines += section(name, experiment, results[name])
     return "\n".join(lines)
 
 
