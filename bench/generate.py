@@ -11,8 +11,7 @@ generated, hence a mean context of 384. Limits, measured here:
   products   F.linear of all linear layers and the head, at that batch, on the same weights and nothing else
   bandwidth  weights and the cache at its mean length, once a step, over the bytes/s that this script measures
              (GPU: device-to-device copy; CPU: reading an array larger than the caches)
-Shares: `share_of_products` = all / products, `decode_share_of_products`, `decode_share_of_bandwidth`, and
-`prefill_share_of_products` where the products have batch x prompt rows.
+Shares: `share_of_products` = all / products, `decode_share_of_products`, `decode_share_of_bandwidth`.
 """
 
 import common
@@ -37,22 +36,18 @@ def generate_transformers(model, prompts, count):
 
 
 @torch.no_grad()
-def make_products(model, rows, head_rows):
-    """A function that multiplies the linear layers' weights with `rows` rows, the head's with `head_rows`."""
-
-    def inputs(count, weight):
-        return torch.randn(count, weight.shape[1], device=weight.device, dtype=weight.dtype)
-
-    head = model.lm_head.weight
-    weights = [weight for weight in common.linears(model) if weight is not head]
-    by_width = {weight.shape[1]: inputs(rows, weight) for weight in weights}
-    head_inputs = inputs(head_rows, head)
+def make_products(model, rows):
+    """A function that multiplies the weights of the linear layers and of the head with `rows` rows."""
+    weights = common.linears(model)
+    inputs = {}
+    for weight in weights:
+        width = weight.shape[1]
+        inputs[width] = torch.randn(rows, width, device=weight.device, dtype=weight.dtype)
 
     @torch.no_grad()
     def multiply():
         for weight in weights:
-            F.linear(by_width[weight.shape[1]], weight)
-        F.linear(head_inputs, head)
+            F.linear(inputs[weight.shape[1]], weight)
 
     return multiply
 
@@ -61,7 +56,7 @@ def make_calls(models, options, prompts, texts):
     """{name: call} of what is timed. `texts` gets the ids that each side generates."""
     batch = len(prompts)
     ours = models["ours"]
-    one_step = make_products(ours, batch, batch)
+    one_step = make_products(ours, batch)
 
     def products():
         for _ in range(options.new):
@@ -77,7 +72,6 @@ def make_calls(models, options, prompts, texts):
         "ours one": lambda: generate(ours, prompts, 1, temperature=0),
         "ours all": ours_all,
         "products": products,
-        "products prefill": make_products(ours, batch * options.prompt, batch),
     }
     if "transformers" in models:
         calls["transformers one"] = lambda: generate_transformers(models["transformers"], prompts, 1)
@@ -105,7 +99,6 @@ def measure(models, options, batch, bytes_per_second):
         }
         row[name] = {kind: common.spread(values) for kind, values in speed[name].items()}
     products = [batch * options.new / t for t in times["products"]]
-    prefill_products = [batch * options.prompt / t for t in times["products prefill"]]
     row["products"] = common.spread(products)
     size = ours.lm_head.weight.element_size()
     least = decode_bytes(ours.config, batch, options.prompt + options.new // 2, size)
@@ -113,7 +106,6 @@ def measure(models, options, batch, bytes_per_second):
     row["share_of_products"] = common.paired(speed["ours"]["all"], products)["median"]
     row["decode_share_of_products"] = common.paired(speed["ours"]["decode"], products)["median"]
     row["decode_share_of_bandwidth"] = row["ours"]["decode"]["median"] / row["bandwidth_limit"]
-    row["prefill_share_of_products"] = common.paired(speed["ours"]["prefill"], prefill_products)["median"]
     return row | compare(speed, texts)
 
 

@@ -1,24 +1,21 @@
 """Checkpoints of a stage: everything that decides how it goes on, so that it goes on bit for bit.
 
     OUT/checkpoint/coarse/step-000050/tensors.safetensors     parameters in training, their moments, random states
-                                      state.json              all else, strict JSON, naming the tensors
+                                      state.json              all else, naming the tensors
 
 A checkpoint is written under another name, synced to the disk and renamed; then the one before is deleted. No
 pickle: nothing in a checkpoint can execute."""
 
 import contextlib
 import json
-import math
-import random
 import zlib
 from pathlib import Path
 
-import numpy
 import torch
 
 from support.files import InputError, make_folder, read_json, read_tensors, reading, remove, replacing, write_tensors
 
-FORMAT = 3
+FORMAT = 4
 
 
 def save(folder, step, state):
@@ -69,7 +66,7 @@ def read_state(path):
 
 
 def checksum(step, packed):
-    return zlib.crc32(json.dumps([step, packed], allow_nan=False).encode())
+    return zlib.crc32(json.dumps([step, packed]).encode())
 
 
 @contextlib.contextmanager
@@ -85,7 +82,7 @@ def advice():
 
 
 def pack(value, tensors, name="state"):
-    """`value` as strict JSON. Its tensors go to `tensors`, by names that say where they stand."""
+    """`value` as JSON. Its tensors go to `tensors`, by names that say where they stand."""
     if isinstance(value, torch.Tensor):
         tensors[name] = value.detach().cpu().contiguous()
         return {"$tensor": name}
@@ -93,8 +90,6 @@ def pack(value, tensors, name="state"):
         return {key: pack(item, tensors, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [pack(item, tensors, f"{name}.{i}") for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"$float": str(value)}
     return value
 
 
@@ -106,29 +101,4 @@ def unpack(value, tensors):
         return value
     if value.keys() == {"$tensor"}:
         return tensors[value["$tensor"]].clone()  # it may be a page of the file, which will be deleted
-    if value.keys() == {"$float"}:
-        return float(value["$float"])
     return {key: unpack(item, tensors) for key, item in value.items()}
-
-
-# ---------------------------------------------------------------- the global generators
-
-
-def random_state():
-    """The states of the global generators: torch's, each GPU's, Python's and NumPy's."""
-    name, keys, *position = numpy.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": [name, keys.tolist(), *position],
-    }
-
-
-def set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    for i, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(gpu_state, i)
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    numpy.random.set_state(tuple(state["numpy"]))

@@ -278,9 +278,6 @@ class Run:
         if self.state["models"] != self.models:
             other = "the interrupted run read other models than are there now; --overwrite starts anew"
             raise InputError(f"{self.checkpoints}: {other}")
-        if self.state["versions"] != versions():
-            change = f"{self.state['versions']} in the interrupted run, {versions()} now"
-            print(f"{change}: the last bits may differ")
 
     def start(self):
         """The first thing written, once the stage has found its input sound: the options, and the logs
@@ -312,8 +309,6 @@ class Run:
                 lines.append(line)
         if path.exists():
             write_lines(path, lines)
-        if own < count:
-            print(f"{path}: {count - own} of the lines before the checkpoint are gone")
 
     def log(self, name, row):
         """Appends a line; strict JSON, so that NaN and infinity are null."""
@@ -376,7 +371,6 @@ class Run:
             raise InputError(f"{self.checkpoints}: does not fit this model and data ({error})") from None
         for row in self.metrics().get(self.stage, ()) if monitors else ():
             monitors.warnings |= monitors.check(row).keys()
-        checkpoint.set_random_state(self.state["random"])
         self.state = None  # free it: the trainer has all of it
 
     def warn(self, monitors, metrics):
@@ -400,10 +394,8 @@ class Run:
         it."""
         state = {
             "options": dataclasses.asdict(self.options),
-            "versions": versions(),
             "models": self.models,
             "lines": {name: self.count_lines(name) for name in LOGS},
-            "random": checkpoint.random_state(),
             "trainer": trainer.state_dict(),
         }
         if processes.is_first():
@@ -427,11 +419,11 @@ class Run:
         if self.options.resume and path.exists():
             content = read_json(path)
             if content.get("inputs") == inputs:
-                return checkpoint.unpack(content["value"], {})
-        value = checkpoint.pack(make(), {})
+                return content["value"]
+        value = make()
         make_folder(self.checkpoints)
         write_json(path, {"inputs": inputs, "value": value})
-        return checkpoint.unpack(value, {})
+        return value
 
     # ---------------------------------------------------------------- models and data
 

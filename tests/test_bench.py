@@ -23,7 +23,6 @@ import gpu_session
 import guard
 import ppo_vs_trl
 import roofline
-import scaling
 import table
 import train
 
@@ -37,7 +36,7 @@ def restore_threads(monkeypatch):
     torch.set_num_threads(threads)
 
 
-SCRIPTS = {f"{m.__name__}.py": m for m in (ppo_vs_trl, generation, train, scaling, gpu_session)}
+SCRIPTS = {f"{m.__name__}.py": m for m in (ppo_vs_trl, generation, train, gpu_session)}
 SMALL = "--case tiny --batch 4 --prompt 8 --response 6 --steps 1".split()
 
 
@@ -366,17 +365,6 @@ def test_training_side(side):
         pytest.importorskip("transformers", reason="transformers is the peer")
     options = train.parse_options(f"--case tiny --length 8 --rows 4 --steps 1 --child {side}".split())
     assert train.run_side(options)["seconds"][0] > 0
-
-
-@pytest.mark.parametrize("kind", ["generate", "step"])
-def test_point_of_scaling(kind):
-    options = scaling.parse_options(["--runs", "1"])
-    weights = 2 * (4 * 64 * 64 + 3 * 64 * 224 + 2 * 64) + 2 * 512 * 64 + 64
-    point = {"kind": kind, "batch": 2, "response": 4, "size": "d64", "window": 16}
-    figures = scaling.measure(options, point)
-    assert figures["seconds"] > 0 and figures["weights"] == weights
-    if kind == "generate":  # 2 layers of keys and values, 2 rows, 4 heads of 16, the window's columns, fp32
-        assert figures["cache_mib"] == 2 * 2 * 2 * 4 * 16 * 16 * 4 / 2**20
 
 
 def test_flops_of_full_training_and_of_lora():
