@@ -121,8 +121,8 @@ def combine(arguments, stage):
         options |= preset["adapters"]
     acting = ("system_prompt", "eos", "temperature")
     if stage in ("eval", "chat"):
-        options |= dict.fromkeys(acting)  # None: as the model's folder says
-        if arguments.get("stage", "all") == "all":
+        options |= dict.fromkeys(acting)  # None: the model acts as its folder says that it was trained to
+        if arguments.get("stage", "all") == "all":  # where all stages run, these are meant for PPO
             arguments = {name: value for name, value in arguments.items() if name not in acting}
     if arguments.get("out") == "":
         raise InputError("--out: an empty name given, a folder expected")

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from support.files import InputError
 from support.processes import WORLD
@@ -70,9 +69,23 @@ class Cache:
         Returns their positions (rows, T) and the attention mask over the keys that `update` returns."""
         if tokens.shape[1] == 1 and mask is None:
             return self._advance_one()
+        n, T = tokens.shape
+        device = tokens.device
         if mask is None:
             mask = torch.ones_like(tokens, dtype=torch.bool)
-        return self._advance_many(mask)
+        start = int(self.column)
+        self.earlier = min(start, self.size)  # slots that hold a column
+        positions = (self.positions[:n, None] + mask.cumsum(1) - 1).clamp_min(0)
+        columns = torch.arange(start, start + T, device=device)
+        held_columns = torch.arange(start - self.earlier, start, device=device).roll(start % self.size)
+        real = torch.cat((self.bias[:n, : self.earlier] == 0, mask), 1)
+        attention_mask = visible(columns, torch.cat((held_columns, columns)), real, self.window)
+        self.slots = columns[-self.size :] % self.size
+        bias = torch.zeros(n, T, device=device, dtype=self.bias.dtype).masked_fill(~mask, float("-inf"))
+        self.bias[:n, self.slots] = bias[:, -self.size :]
+        self.positions[:n] += mask.sum(1)
+        self.column += T
+        return positions, attention_mask
 
     def _advance_one(self):
         n = self.rows
@@ -83,25 +96,6 @@ class Cache:
         self.positions[:n] += 1
         self.column += 1
         return positions, self.bias[:n, None, None]
-
-    def _advance_many(self, mask):
-        n, T = mask.shape
-        device = mask.device
-        start = int(self.column)
-        self.earlier = min(start, self.size)  # slots that hold a column
-        positions = (self.positions[:n, None] + mask.cumsum(1) - 1).clamp_min(0)
-        columns = torch.arange(start, start + T, device=device)
-        slots = torch.arange(self.earlier, device=device)
-        newest = start - 1
-        held_columns = newest - (newest - slots) % self.size  # slot s: the newest that is s modulo size
-        real = torch.cat((self.bias[:n, : self.earlier] == 0, mask), 1)
-        attention_mask = visible(columns, torch.cat((held_columns, columns)), real, self.window)
-        self.slots = columns[-self.size :] % self.size
-        bias = torch.zeros(n, T, device=device, dtype=self.bias.dtype).masked_fill(~mask, float("-inf"))
-        self.bias[:n, self.slots] = bias[:, -self.size :]
-        self.positions[:n] += mask.sum(1)
-        self.column += T
-        return positions, attention_mask
 
     def update(self, layer, k, v):
         """Stores the new keys and values (rows, G, T, D) of a layer. Returns all that its queries may see."""
@@ -126,15 +120,14 @@ class Cache:
         self.bias[:n] = self.bias[rows]
         self.positions[:n] = self.positions[rows]
 
-    def copied(self, rows, room=0):
+    def copied(self, rows):
         """A cache of its own, whose sequence i has what sequence rows[i] of this one has, in any order and as
-        often as you like. `room`: slots to add, for a cache that has not wrapped yet."""
+        often as you like."""
         other = copy.copy(self)
-        other.size = self.size + room
         other.rows = len(rows)
-        other.keys = F.pad(self.keys[:, rows], (0, 0, 0, room))
-        other.values = F.pad(self.values[:, rows], (0, 0, 0, room))
-        other.bias = F.pad(self.bias[rows], (0, room), value=float("-inf"))
+        other.keys = self.keys[:, rows]
+        other.values = self.values[:, rows]
+        other.bias = self.bias[rows]
         other.positions = self.positions[rows]
         other.column = self.column.clone()
         return other
@@ -151,10 +144,8 @@ def pad_right(rows, device="cpu", value=0):
 
 def pad_left(rows, device="cpu"):
     """Id lists of any lengths -> tokens (B, P) with zeros on the left, and mask (B, P)."""
-    P = max(map(len, rows))
-    padded = [[0] * (P - len(row)) + list(row) for row in rows]
-    mask = [[False] * (P - len(row)) + [True] * len(row) for row in rows]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+    tokens, mask = pad_right([row[::-1] for row in rows], device)
+    return tokens.flip(1), mask.flip(1)
 
 
 # ---------------------------------------------------------------- sampling
@@ -330,7 +321,6 @@ def twin_of_one_dtype(model):
     return copy.deepcopy(model, parameters)
 
 
-@torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=None, seed=None, *,
              forbid=(), stop=None):  # fmt: skip
     """Continues each prompt by up to `max_new_tokens` tokens.
@@ -353,14 +343,16 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     prompt_tokens, prompt_mask = pad_left(prompts, device)
     B, P = prompt_tokens.shape
+    # On the model's device: all that is drawn.
     tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(B, max_new_tokens, device=device)
-    rows = torch.arange(B, device=device)  # the responses that are still in the batch
-    # What decides how it goes on is on the CPU: a step that waits for nothing lets the GPU run ahead.
+    # On the CPU: what decides how it goes on. A step that waits for nothing lets a GPU run ahead.
     responses = torch.zeros(B, max_new_tokens, dtype=torch.long)
     lengths = torch.full((B,), max_new_tokens)
     ended = torch.zeros(B, dtype=torch.bool)
+    # On either: the responses that are still in the batch, which shrinks.
     batch_rows = torch.arange(B)
+    rows = batch_rows.to(device)
     decoder = Decoder.of(model, B, P + max_new_tokens)
     logits = decoder.prefill(prompt_tokens, prompt_mask)
     for t in range(max_new_tokens):
@@ -369,9 +361,9 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
         tokens[rows, t] = ids
         logprobs[rows, t] = chosen
         is_last = t + 1 == max_new_tokens
-        if is_last or t % CHECK_EVERY == CHECK_EVERY - 1:
+        if is_last or (t + 1) % CHECK_EVERY == 0:
             first = t // CHECK_EVERY * CHECK_EVERY
-            responses[:, first : t + 1] = tokens[:, first : t + 1].cpu()
+            responses[:, first : t + 1] = tokens[:, first : t + 1].cpu()  # the only wait for the device
             mark_ends(responses[:, : t + 1], first, ended, lengths, sampling)
             if is_last or ended.all():
                 break

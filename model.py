@@ -3,9 +3,11 @@
     h   = x + Wo Attention(RoPE(Wq norm(x)), RoPE(Wk norm(x)), Wv norm(x))      grouped-query, sliding window
     out = h + Wdown (silu(Wgate norm(h)) * Wup norm(h))                         SwiGLU
     logits = Whead norm(out)                                                    tied to the embedding or not
+    norm(x) = x / sqrt(mean x^2 + eps) * weight                                 RMSNorm
 
-(Mistral 7B, arXiv 2310.06825; RoPE 2104.09864; GQA 2305.13245; LoRA 2106.09685.) A `llama` config is the same
-network without a window. Module names are Hugging Face's, so that a checkpoint's names need no translation.
+(Mistral 7B, arXiv 2310.06825; RoPE 2104.09864; GQA 2305.13245; RMSNorm 1910.07467; LoRA 2106.09685.) A `llama`
+config is the same network without a window. Module names are Hugging Face's, so that a checkpoint's names need
+no translation.
 
 Shapes: B batch, T tokens, S keys, H query heads, G key/value heads, D head size, C hidden size, V vocabulary.
 
@@ -70,24 +72,6 @@ class Config:
 # ---------------------------------------------------------------- layers
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean x^2 + eps) * weight (1910.07467)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-
-
-class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        """A file or `initialize` brings the values. Random ones on the meta device would take a second to set
-        up."""
-
-
 class Linear(nn.Linear):
     """W x, and with an adapter W x + scale B A x. The adapter is fp32, whatever W is: it is trained in place,
     and a small step would be lost in bf16."""
@@ -117,8 +101,6 @@ class Linear(nn.Linear):
 
     def folded(self):
         """W + scale B A, in W's dtype with one rounding."""
-        if self.A is None:
-            return self.weight
         return (self.weight.float() + self.scale * self.B @ self.A).to(self.weight.dtype)
 
 
@@ -159,15 +141,13 @@ class Attention(nn.Module):
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        self.window = config.sliding_window
         self.q_proj = Linear(config.hidden_size, self.heads * self.head_dim)
         self.k_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.v_proj = Linear(config.hidden_size, self.kv_heads * self.head_dim)
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
     def forward(self, x, cos, sin, mask, cache=None):
-        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal within the window.
-        With a cache the queries also see the keys of earlier calls."""
+        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal. With a cache the queries also see the keys of earlier calls."""
         B, T, _ = x.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D)  # they turn alike
@@ -177,8 +157,6 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, G, S, D)
         if T == 1:  # the query heads of a group see the same keys: as rows of one head they share them
             y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, D), k, v, mask).reshape(B, H, 1, D)
-        elif mask is None and self.window is not None and T > self.window:
-            y = banded_attention(q, k, v, self.window)
         else:
             y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, H * D))
@@ -194,20 +172,6 @@ def attend(q, k, v, mask=None):
         v = v.repeat_interleave(H // G, 1)
         G = H
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=H != G)
-
-
-def banded_attention(q, k, v, window):
-    """Causal attention within a window shorter than T, in blocks of `window` queries beside the keys of their
-    own and the block before: T * 2 window scores instead of T * T."""
-    T = q.shape[2]
-    columns = torch.arange(T, device=q.device)
-    blocks = []
-    for start in range(0, T, window):
-        first = max(0, start - window + 1)
-        end = min(start + window, T)
-        mask = visible(columns[start:end], columns[first:end], None, window)
-        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
-    return torch.cat(blocks, 2)
 
 
 # ---------------------------------------------------------------- the trunk
@@ -227,9 +191,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, mask, cache=None):
@@ -243,24 +207,28 @@ class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        empty = torch.empty(config.vocab_size, config.hidden_size)  # a file or `initialize` brings the values
+        self.embed_tokens = nn.Embedding.from_pretrained(empty, freeze=False)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.checkpointing = False  # compute each layer again in backward instead of storing its activations
 
     def forward(self, tokens, mask=None, cache=None):
         """tokens (B, T), mask (B, T) -> hidden states (B, T, C). Without a mask there is no padding, or only
         on the right, which no real token attends to."""
         config = self.config
+        window = config.sliding_window
         if cache is not None:
             positions, attention_mask = cache.advance(tokens, mask)
         elif mask is not None:
             columns = torch.arange(tokens.shape[1], device=tokens.device)
             positions = (mask.cumsum(1) - 1).clamp_min(0)
-            attention_mask = visible(columns, columns, mask, config.sliding_window)
+            attention_mask = visible(columns, columns, mask, window)
         else:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            attention_mask = None
+            columns = torch.arange(tokens.shape[1], device=tokens.device)
+            positions = columns[None]
+            is_long = window is not None and len(columns) > window
+            attention_mask = visible(columns, columns, None, window) if is_long else None
         cos, sin = rotary(positions, config.head_dim, config.rope_theta)
         x = self.embed_tokens(tokens)
         for layer in self.layers:

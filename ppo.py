@@ -160,13 +160,14 @@ def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
 def response_hidden(trunk, batch):
     """Hidden states (N, C) that the N real response tokens were chosen in: position i predicts token i + 1,
     the slice [P-1:-1]. Rows are read flush left, so that attention needs no mask."""
-    B, T = batch.tokens.shape
-    start = batch.mask.int().argmax(1)  # (B,), the first real column
-    columns = torch.arange(T, device=batch.tokens.device) + start[:, None]
+    T = batch.tokens.shape[1]
+    prompt_lengths = batch.mask[:, : batch.prompt_columns].sum(1)  # (B,)
+    padding = batch.prompt_columns - prompt_lengths  # (B,), columns on the left
+    columns = torch.arange(T, device=batch.tokens.device) + padding[:, None]
     flush = batch.tokens.gather(1, columns.clamp_max(T - 1))[:, : int(batch.mask.sum(1).max())]
     hidden = trunk(flush)
     row, column = batch.response_mask.nonzero(as_tuple=True)
-    return hidden[row, batch.prompt_columns - 1 - start[row] + column]
+    return hidden[row, prompt_lengths[row] + column - 1]
 
 
 def response_ids(batch):

@@ -115,8 +115,9 @@ def encode_pair(tokenizer, messages, chosen, rejected, max_length):
     of the answer is cut. Of a prompt that is too long the start is dropped, of an answer the end."""
     prompt = tokenizer.encode_chat(messages)
     rows = [encode_answer(tokenizer, messages, answer) for answer in (chosen, rejected)]
-    surplus = max(map(len, rows)) - (max_length - 1)
-    length = max(len(prompt) - max(surplus, 0), min(len(prompt), max_length // 2))  # of the prompt
+    surplus = max(0, max(map(len, rows)) - (max_length - 1))
+    least = min(len(prompt), max_length // 2)  # the prompt keeps half of the row
+    length = max(len(prompt) - surplus, least)
     return [(tokenizer.clip(prompt, length) + ids[len(prompt) :])[:max_length] for ids in rows]
 
 

@@ -26,7 +26,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the product, and tests/smollm2.py, which makes a folder
-from model import Config, Mistral, RMSNorm, initialize
+from model import Config, Mistral, initialize
 from support.files import write_json
 from weights import read_config
 
@@ -47,7 +47,7 @@ def random_model(config, device="cpu", dtype=torch.float32, seed=0, cls=Mistral)
     model.cast(dtype).to_empty(device=device)
     model.tie()
     for module in model.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, torch.nn.RMSNorm):
             torch.nn.init.ones_(module.weight)
     return initialize(model, torch.Generator(device).manual_seed(seed)).eval()
 

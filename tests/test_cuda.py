@@ -21,7 +21,7 @@ import generation
 import ppo
 from generation import Sampling, pad_left, pad_right, sample_responses
 from length import LimitOptions, make_limit
-from model import Config, Mistral, ScalarModel, adapted, attend, banded_attention, generate, initialize
+from model import Config, Mistral, ScalarModel, adapted, attend, generate, initialize
 from ppo import PPOOptions, PPOTrainer, Prompt, Roles
 from reward import RewardTrainer
 from run import estimate
@@ -128,11 +128,12 @@ T = 70
 DISTANCE = torch.arange(T)[:, None] - torch.arange(T)
 CAUSAL = DISTANCE >= 0
 WINDOW = 16
+BAND = CAUSAL & (DISTANCE < WINDOW)
 PADDING = (CAUSAL & (torch.arange(T) >= torch.tensor([[0], [13]]))[:, None, None]) | (DISTANCE == 0)  # (2, 1, T, T)
 KINDS = {  # (what the product does, the keys that each query sees)
     "causal": (attend, CAUSAL),
     "padded": (lambda q, k, v: attend(q, k, v, PADDING.to(q.device)), PADDING),
-    "window": (lambda q, k, v: banded_attention(q, k, v, WINDOW), CAUSAL & (DISTANCE < WINDOW)),
+    "window": (lambda q, k, v: attend(q, k, v, BAND.to(q.device)), BAND),
 }
 
 
