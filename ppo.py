@@ -52,9 +52,6 @@ class PPOOptions(TrainingOptions):
     kl_target: float = option(
         0.0, "nats of KL a response that beta is adapted to; 0 keeps beta", least=0, needs="kl_coefficient"
     )
-    kl_stop: float = option(
-        0.0, "end an update after a minibatch with approx_kl (nats a token) above this; 0: never", least=0
-    )
     clip: float = option(0.2, "PPO's clip range of the ratio", least=0)
     value_clip: float = option(0.2, "clip range of the value around the old one", least=0)
     discount: float = option(1.0, "gamma of GAE (the merge's is --gamma)", least=0, most=1)
@@ -397,7 +394,7 @@ class PPOTrainer(Trainer):
         metrics = self.update(batch)
         # 6  the next beta; the next limit l(t) = f_CM(R_t, V_phi): the mean score, the critic's loss
         self.beta.update(mean(kl.sum(1)))
-        if metrics["skipped_updates"] < 2 * metrics["updates"]:
+        if metrics["skipped_updates"] < 2 * self.options.epochs * self.options.minibatches:
             self.limiter.update(mean(scores), metrics["value_loss"])
         _, outcomes = compute_gae(rewards, batch.values, mask, options.discount, 1.0)  # free of the critic
         metrics |= describe_step(batch, outcomes, scores, shaped, kl, entropy)
@@ -430,18 +427,12 @@ class PPOTrainer(Trainer):
         return response_logprobs(model, part, self.sampling.temperature, self.sampling.forbid)
 
     def update(self, batch):
-        """epochs x minibatches optimizer steps of actor and critic, or fewer by `kl_stop`. Returns their
-        figures."""
+        """epochs x minibatches optimizer steps of actor and critic. Returns their figures."""
         history = []
         for _ in range(self.options.epochs):
             order = torch.randperm(len(batch.tokens), generator=self.generator).to(batch.tokens.device)
             for index in order.tensor_split(self.options.minibatches):
                 history.append(self.update_minibatch(batch.rows(index)))
-                if self.options.kl_stop and history[-1]["approx_kl"] > self.options.kl_stop:
-                    rest = self.options.epochs * self.options.minibatches - len(history)
-                    self.actor_optimizer.updates += rest  # the learning rate falls as if they had been made
-                    self.critic_optimizer.updates += rest
-                    return summarize(history)
         return summarize(history)
 
     def update_minibatch(self, batch):

@@ -52,7 +52,7 @@ def summarize(history):
     norms = [figures["grad_norm"] for figures in history]
     norms += [figures["critic_grad_norm"] for figures in history]
     skipped = sum(not math.isfinite(norm) for norm in norms)
-    return metrics | {"ratio_first": history[0]["ratio"], "skipped_updates": skipped, "updates": len(history)}
+    return metrics | {"ratio_first": history[0]["ratio"], "skipped_updates": skipped}
 
 
 def describe_step(batch, outcomes, scores, shaped, kl, entropy):

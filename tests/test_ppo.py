@@ -751,16 +751,6 @@ def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row
     close([optimizer.scale() for optimizer in optimizers], [0.1, 0.1])  # it ends with the run
 
 
-@pytest.mark.parametrize("kl_stop, updates", [(0.0, 6), (1e9, 6), (1e-7, 2)])
-def test_18_a_minibatch_over_kl_stop_is_the_last_of_its_update(kl_stop, updates, watch):
-    trainer = make(batch=24, epochs=3, minibatches=2, kl_stop=kl_stop)
-    calls = watch(trainer, "update_minibatch")
-    metrics, _ = trainer.step()
-    values = [figures["approx_kl"] for _, figures in calls]
-    assert len(values) == metrics["updates"] == updates  # the first minibatch has moved nothing yet
-    close(metrics["approx_kl"], np.mean(values), 1e-6)  # means are over the minibatches that were
-
-
 @pytest.mark.parametrize("bound", [1e-3, 1e9])
 def test_19_max_grad_norm_is_applied_to_actor_and_critic(bound):
     trainer = make(max_grad_norm=bound)
@@ -792,8 +782,8 @@ def test_20_gradients_are_those_of_the_whole_minibatch_whatever_the_microbatch(b
         gradients_of(trainer.actor, trainer.actor_optimizer),
         gradients_of(trainer.critic, trainer.critic_optimizer),
     ]
-    metrics = trainer.update(batch)
-    assert metrics["updates"] == len(calls) == 3
+    trainer.update(batch)
+    assert len(calls) == 3
     for n, ((minibatch,), _) in enumerate(calls):  # no minibatch has gradients of the one before
         _, *models = by_loops(trainer, minibatch)
         for model, history in zip(models, histories):
@@ -1175,13 +1165,5 @@ def test_the_limit_holds_while_every_update_is_skipped(monkeypatch):
     monkeypatch.setattr(ppo, "policy_loss", lambda logprobs, *_: (logprobs.sum() * math.nan, logprobs.detach(), 0))
     monkeypatch.setattr(ppo, "value_loss", lambda values, *_: values.sum() * math.nan)
     metrics, _ = trainer.step()
-    assert metrics["skipped_updates"] == 2 * metrics["updates"]
+    assert metrics["skipped_updates"] == 2 * trainer.options.epochs * trainer.options.minibatches
     assert trainer.limiter.limit == 12
-
-
-def test_the_learning_rate_reaches_its_floor_where_kl_stop_ends_updates():
-    trainer = make(steps=6, epochs=4, kl_stop=1e-12, lr=0.01)
-    for _ in range(6):
-        metrics, _ = trainer.step()
-        assert metrics["updates"] < 4 * trainer.options.minibatches
-    assert trainer.actor_optimizer.scale() == pytest.approx(0.1, rel=0.05)
