@@ -105,7 +105,14 @@ def change_numbers(path):
     return json.loads((path.parent / "changes.json").read_text())
 
 
-NUMBERS = {"ask": ask_numbers, "ppo": ppo_numbers, "merge": change_numbers}
+def reply_numbers(path):
+    """{metric: [a value an item]}, without the texts and the single tasks."""
+    figures = json.loads(path.read_text())
+    names = [name for name in figures if name != "texts" and not name.startswith("general_")]
+    return {name: [round(x, 4) for x in figures[name]] for name in names}
+
+
+NUMBERS = {"ask": ask_numbers, "ppo": ppo_numbers, "merge": change_numbers, "reply": reply_numbers}
 
 
 def asked(line, runs, acts=False):

@@ -36,7 +36,7 @@ def smollm2_jobs(line):
     for gamma in GAMMAS:
         models[f"gamma {gamma}"] = shared.job("merge", model=line.model, coarse=actor, sft=sft, gamma=gamma)
     given = {"prompts": thirds[0], "reward_model": reward, "second_model": second, "benchmarks": line.data}
-    return {name: {"ask": shared.job("reply", model=x, limit=LIMIT, **given)} for name, x in models.items()}
+    return {name: {"reply": shared.job("reply", model=x, limit=LIMIT, **given)} for name, x in models.items()}
 
 
 COLUMNS = {

@@ -8,7 +8,7 @@ import torch
 import c2f
 from data import dialogue, read_preferences, world
 from evidence import report, smollm2, stages
-from evidence.claims import Line
+from evidence.claims import Line, reply_numbers
 from evidence.jobs import Job, closure
 from evidence.smollm2 import SMOLLM2
 from reward import RewardModel
@@ -23,7 +23,7 @@ def run_stage(stage, folder, *arguments):
 def jobs_of(tmp_path):
     """All jobs of two seeds."""
     lines = [Line(seed, model=str(world.TINY / "base"), data=str(tmp_path)) for seed in (1, 2)]
-    return closure([roles["ask"] for line in lines for roles in SMOLLM2.jobs(line).values()])
+    return closure([roles["reply"] for line in lines for roles in SMOLLM2.jobs(line).values()])
 
 
 def test_every_command_is_understood(tmp_path):
@@ -80,6 +80,7 @@ def test_replies_are_scored_by_both_models(reply, tmp_path):
     """Second source: the text of a reply that was cut, encoded anew and scored in fp32. The models are in bf16."""
     assert all(len(reply[name]) == 8 for name in ("reward", "second", "length", "ended_rate", "redundancy"))
     assert len(reply["general"]) == 3 and set(reply["general"]) <= {0, 1}
+    assert set(reply_numbers(tmp_path / "reply.json")) == set(smollm2.COLUMNS), "no texts in the results"
     tokenizer = load_tokenizer(world.TINY / "base")
     count = 0
     for i, (prompt, text) in enumerate(reply["texts"]):
