@@ -12,7 +12,7 @@ from evidence.claims import DEPTHS
 from evidence.stats import arms_of, has, values
 
 COLOURS = [f"tab:{name}" for name in "blue orange green red purple brown pink gray olive cyan".split()]
-HIGHER = ("grade", "accuracy", "verified_steps", "ended_rate", "general", "reward", "second_score")
+HIGHER = ("grade", "accuracy", "verified_steps", "ended_rate", "general", "reward", "second")
 LOWER = ("toxicity", "refusal", "redundancy", "kl_end")
 MANY = 20  # units, beyond which their dots are a smear
 HEADINGS = {
@@ -108,9 +108,9 @@ def draw_sweep(axis, data, _, experiment):
         cells = [values(data, arm, metric) for arm in experiment.gammas]
         draw_band(side, list(experiment.gammas.values()), cells, metric, marker="o", **style(index))
         side.set_ylabel(HEADINGS.get(metric, experiment.columns[metric]), color=style(index)["color"])
-    axis.set_title("over gamma\n(higher is better)")
+    axis.set_title("the merge over gamma\n(higher is better)")
     axis.grid(alpha=0.3)
-    axis.set_xlabel("gamma: 0 is the instruction model, 1 the Coarse Actor")
+    axis.set_xlabel("gamma: 0 is the instruction model, 1 the actor of PPO")
 
 
 def panels(experiment, data):
