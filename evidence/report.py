@@ -169,7 +169,7 @@ def section(name, experiment, result):
     cost = f"{result['core_hours_a_seed']} core hours a seed with what it shares with other experiments"
     source = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, {result['made']}"
     seeds = f"seeds {', '.join(result['seeds'])} of {experiment.seeds}"
-    lines = [f"## {name}: {experiment.title}", ""]
+    lines = [f"## {name}: {experiment.title}"]
     lines += [f"{experiment.about} `{result['command']}`: {seeds}; {cost}; {source}.", ""]
     lines += [*arm_table(experiment.columns, data), ""]
     if experiment.exploratory:
