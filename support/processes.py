@@ -20,7 +20,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from support import system
 from support.files import InputError
 
 RANK = int(os.environ.get("RANK", 0))
@@ -197,13 +196,6 @@ def report_failure(error, status, line):
 
 
 def set_threads(threads):
-    """Fixes the number of CPU threads, or torch's own choice where it is 0, so that a run can be repeated bit
-    for bit. Prints a line where others keep the cores busy, for threads that wait for each other are then far
-    slower."""
+    """Fixes the number of CPU threads, so that a run can be repeated bit for bit. 0 leaves torch's own choice."""
     if threads:
         torch.set_num_threads(threads)
-        return
-    threads = torch.get_num_threads()
-    load = system.load()
-    if threads > 1 and load > os.cpu_count() - 0.5:
-        print(f"{threads} threads on a busy machine (load {load:.1f}): --threads 1 may be five times faster")

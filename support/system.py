@@ -1,7 +1,6 @@
-"""What operating systems do in their own ways: locks, memory, load. Windows has no fcntl and no resource."""
+"""What operating systems do in their own ways: locks, memory. Windows has no fcntl and no resource."""
 
 import importlib
-import os
 import sys
 
 
@@ -34,8 +33,3 @@ def peak_memory_gib():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     return peak * unit / 2**30
-
-
-def load():
-    """How many processes have wanted to run in the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
