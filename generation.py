@@ -363,7 +363,7 @@ def sample_responses(model, prompts, max_new_tokens, sampling, seed=None):
         is_last = t + 1 == max_new_tokens
         if is_last or (t + 1) % CHECK_EVERY == 0:
             first = t // CHECK_EVERY * CHECK_EVERY
-            responses[:, first : t + 1] = tokens[:, first : t + 1].cpu()  # the only wait for the device
+            responses[:, first : t + 1] = tokens[:, first : t + 1].cpu()  # the loop waits for the device here alone
             mark_ends(responses[:, : t + 1], first, ended, lengths, sampling)
             if is_last or ended.all():
                 break

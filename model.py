@@ -147,7 +147,8 @@ class Attention(nn.Module):
         self.o_proj = Linear(self.heads * self.head_dim, config.hidden_size)
 
     def forward(self, x, cos, sin, mask, cache=None):
-        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal. With a cache the queries also see the keys of earlier calls."""
+        """x (B, T, C). mask (B or 1, 1, T, S) says which keys a query sees; None is causal. With a cache the
+        queries also see the keys of earlier calls."""
         B, T, _ = x.shape
         H, G, D = self.heads, self.kv_heads, self.head_dim
         qk = torch.cat((self.q_proj(x), self.k_proj(x)), -1).view(B, T, H + G, D)  # they turn alike
