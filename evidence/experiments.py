@@ -1,6 +1,6 @@
 """The papers' claims as experiments on the tiny world, each by name.
 
-    python evidence/experiments.py --list             what there is, what is done, hours to go
+    python evidence/experiments.py --list             what there is, what is done, what a seed took
     python evidence/experiments.py all                all of them, six seeds, two processes at a time
     python evidence/experiments.py limit merge        these two
     python evidence/experiments.py smollm2 --model FOLDER --data FOLDER     a real model (smollm2.py)
@@ -35,6 +35,7 @@ from run.folder import versions
 from support.files import read_json, write_text
 
 EXPERIMENTS = TINY | {"smollm2": SMOLLM2}
+
 
 def machine():
     """What the figures were computed on: {"cpu", "python", "torch"}, and "gpu" where there is one."""
@@ -76,22 +77,20 @@ def measure(name, arms_by_seed, options):
     that it had before."""
     path = options.results / f"{name}.json"
     seeds = read_json(path)["seeds"] if path.exists() else {}
-    done = {}  # {job: seconds}
-    count = 0
+    jobs = {}  # {seed: its jobs}
     for seed, arms in arms_by_seed.items():
-        jobs = flat(arms)
-        if all(job.done(options.cache) for job in jobs):
+        if all(job.done(options.cache) for job in flat(arms)):
+            jobs[seed] = flat(arms)
             seeds[str(seed)] = numbers_of(arms, options.cache)
-            done |= {job: job.record(options.cache)["seconds"] for job in jobs}
-            count += 1
-    if not count:
+    if not jobs:
         return
+    seconds = sum(job.record(options.cache)["seconds"] for job in set().union(*jobs.values()))
     result = {
         "command": f"python evidence/experiments.py {name}",
         "made": time.strftime("%Y-%m-%d"),
         "machine": machine(),
-        "seeds": dict(sorted(seeds.items())),
-        "core_hours_a_seed": round(sum(done.values()) / count / 3600, 2),
+        "seeds": {seed: seeds[seed] for seed in sorted(seeds, key=int)},
+        "core_hours_a_seed": round(seconds / len(jobs) / 3600, 2),
     }
     write_text(path, json.dumps(result, separators=(",", ":")) + "\n")
 

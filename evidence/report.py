@@ -24,7 +24,7 @@ class Row:
     experiment: str
     claim: Claim
     difference: stats.Difference | None
-    unit: str = "seeds"
+    unit: str
     p: float = 1.0  # corrected for the number of claims
     verdict: str = "not run"
 

@@ -4,7 +4,8 @@ Every arm of an experiment is run with the same seeds, and a seed decides the he
 data and what is sampled. So two arms are compared by their differences seed by seed: what a seed does to both
 drops out.
 
-`data` is the `seeds` of a result file: {seed: {arm: {metric: value, "series": {metric: [a value a step]}}}}.
+`data` are an experiment's units (claims.py), seeds as a rule: {unit: {arm: {metric: value}}}. Of a seed an arm may have
+"series": {metric: [a value a step]}, too.
 """
 
 import functools
@@ -15,12 +16,12 @@ import torch
 
 
 def arms_of(data):
-    """The arms of the first seed; all seeds have the same."""
+    """The arms of the first unit; all units have the same."""
     return list(next(iter(data.values())))
 
 
 def values(data, arm, metric):
-    """The metric of an arm, a value a seed; [] where it has no such metric."""
+    """The metric of an arm, a value a unit; [] where it has no such metric."""
     figures = [arms.get(arm, {}).get(metric) for arms in data.values()]
     return [x for x in figures if x is not None]
 

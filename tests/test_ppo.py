@@ -737,8 +737,9 @@ def test_18_the_optimizer_steps_are_those_promised_and_each_epoch_reads_each_row
     steps = [watch(optimizer, "step") for optimizer in optimizers]
     updates = watch(trainer, "update_minibatch")
     losses = [watch(ppo, "policy_loss"), watch(ppo, "value_loss")]
-    _, _, batch = step_and_batch(trainer)
+    metrics, _, batch = step_and_batch(trainer)
     assert [len(calls) for calls in steps] == [epochs * minibatches] * 2
+    close(metrics["approx_kl"], np.mean([figures["approx_kl"] for _, figures in updates]), 1e-6)
     for epoch in range(epochs):
         parts = [args[0] for args, _ in updates[epoch * minibatches :][:minibatches]]
         assert sorted(sum(map(rows_of, parts), [])) == sorted(rows_of(batch))
