@@ -325,9 +325,6 @@ class PPOTrainer(Trainer):
         self.actor_optimizer = Optimizer(self.actor, options.lr, updates, max_norm, eps=1e-5)
         self.critic_optimizer = Optimizer(self.critic, options.critic_lr, updates, max_norm, eps=1e-5)
 
-    def id_lists(self):
-        return [prompt.ids for prompt in self.data]
-
     def begin(self):
         """Measures the mean and deviation of the score over reference responses, before any update, while the
         actor is still the reference. All later scores are standardized with them, so that

@@ -140,9 +140,6 @@ class RewardTrainer(Trainer):
         lr = options.train_lr
         self.optimizer = Optimizer(model, lr, options.steps, options.max_grad_norm, weight_decay=0.01)
 
-    def id_lists(self):
-        return [ids for pair in self.data for ids in pair]
-
     def step(self):
         """One optimizer step on `batch_pairs` pairs. Returns its metrics."""
         pairs = self.draw(self.options.batch_pairs)

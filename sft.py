@@ -63,9 +63,6 @@ class SFTTrainer(Trainer):
         lr = options.train_lr
         self.optimizer = Optimizer(model, lr, options.steps, options.max_grad_norm, weight_decay=0.1)
 
-    def id_lists(self):
-        return [ids for ids, _ in self.data]
-
     def step(self):
         """One optimizer step on about `batch_tokens` tokens. Returns its metrics: the loss in nats a counted
         token."""

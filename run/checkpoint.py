@@ -15,7 +15,7 @@ import torch
 
 from support.files import InputError, make_folder, read_json, read_tensors, reading, remove, replacing, write_tensors
 
-FORMAT = 4
+FORMAT = 5
 
 
 def save(folder, step, state):

@@ -218,18 +218,11 @@ def test_the_state_of_another_model_is_refused():
 # ---------------------------------------------------------------- the order of the data
 
 
-class Lists(Trainer):
-    """A trainer without a model."""
-
-    def id_lists(self):
-        return self.data
-
-
 ROWS = [[i, i * i] for i in range(10)]
 
 
 def test_every_item_is_drawn_once_before_any_is_drawn_again():
-    trainer = Lists(ROWS, seed=0)
+    trainer = Trainer(ROWS, seed=0)
     items = sum((trainer.draw(count) for count in (3, 4, 3, 1, 9, 25, 5)), [])
     passes = [items[start : start + 10] for start in range(0, 50, 10)]
     assert all(sorted(each) == ROWS for each in passes)
@@ -239,17 +232,17 @@ def test_every_item_is_drawn_once_before_any_is_drawn_again():
 
 def test_the_seed_decides_the_order_and_no_other_random_state():
     torch.manual_seed(5)
-    items = Lists(ROWS, seed=1).draw(30)
+    items = Trainer(ROWS, seed=1).draw(30)
     torch.manual_seed(6)
-    assert Lists(ROWS, seed=1).draw(30) == items != Lists(ROWS, seed=2).draw(30)
+    assert Trainer(ROWS, seed=1).draw(30) == items != Trainer(ROWS, seed=2).draw(30)
 
 
 @pytest.mark.parametrize("count", [0, 4, 10, 17])
 def test_the_order_goes_on_from_the_state(count):
-    trainer = Lists(ROWS, seed=1)
+    trainer = Trainer(ROWS, seed=1)
     trainer.draw(count)
     state = copy.deepcopy(trainer.state_dict())
-    other = Lists(ROWS, seed=7)
+    other = Trainer(ROWS, seed=7)
     other.load_state_dict(state)
     assert other.draw(30) == trainer.draw(30)
 
@@ -265,7 +258,7 @@ OTHER_DATA = {
 @pytest.mark.parametrize("data", OTHER_DATA.values(), ids=OTHER_DATA)
 def test_a_state_of_other_data_is_refused(data):
     with pytest.raises(ValueError, match="other data"):
-        Lists(data, seed=1).load_state_dict(Lists(ROWS, seed=1).state_dict())
+        Trainer(data, seed=1).load_state_dict(Trainer(ROWS, seed=1).state_dict())
 
 
 # ---------------------------------------------------------------- memory and layout
