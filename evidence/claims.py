@@ -220,14 +220,13 @@ def cut_jobs(line):
     }
     runs = {}
     for name, limit in limits.items():
-        common = {"concise": 0, "steps": CUT_STEPS, **limit}
+        common = {"concise": 0, "steps": 24, **limit}
         runs[f"{name}, as it stands"] = line.ppo("plus", truncation_penalty=0, **common)
         runs[f"{name}, penalised"] = line.ppo("plus", truncation_penalty=1, **common)
         runs[f"{name}, left out"] = line.ppo("train", stage_of="plus", whole=True, truncation_penalty=0, **common)
     return asked(line, runs)
 
 
-CUT_STEPS = 24
 CUT = Experiment(
     "What a cut answer earns", "PPO with EOS, three limits by three ways with an answer that the limit cut.",
     cut_jobs, {"accuracy": "right"} | DEPTHS | {"length": "tokens", "ended_rate": "ended"},
@@ -294,8 +293,8 @@ def merge_jobs(line):
 MERGE = Experiment(
     "The merge",
     "gamma from 0 (the instruction model) to 1 (the Coarse Actor, EOS restored) and beyond, and other ways.",
-    merge_jobs, FIGURES | {"grade_fact": "facts"} | {"norm_coarse": "norm, coarse", "norm_sft": "norm, sft",
-                           "cosine": "cosine", "opposed": "signs differ"},
+    merge_jobs, FIGURES | {"grade_fact": "facts", "norm_coarse": "norm of coarse's change", "norm_sft": "of sft's",
+                           "cosine": "cosine between them", "opposed": "share of weights where their signs differ"},
     [
         Claim("0.7 is better than the Coarse Actor with EOS restored", "grade", "gamma 0.7", "gamma 1.0", 0.2),
         Claim("with both changes at equal norm 0.5 is better than plain 0.7", "grade",

@@ -158,9 +158,12 @@ def parse_options(argv=None):
     unknown = [name for name in options.names if name not in EXPERIMENTS]
     if unknown:
         parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
-    seeds = 1 if options.seeds is None else options.seeds
-    if min(seeds, options.first, options.jobs) < 1:
-        parser.error("--seeds, --first and --jobs: at least 1 expected")
+    if min(options.first, options.jobs) < 1:
+        parser.error("--first and --jobs: at least 1 expected")
+    for name in options.names:
+        last = EXPERIMENTS[name].seeds if options.seeds is None else options.seeds
+        if options.first > last:
+            parser.error(f"--seeds, --first: from {options.first} to {last} there is no seed of {name}")
     for name in ("model", "data"):
         folder = getattr(options, name)
         if "smollm2" in options.names and not (folder and folder.is_dir()):

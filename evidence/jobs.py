@@ -28,14 +28,8 @@ from support.files import read_json, write_json
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OWN = ("pairs", "train", "merge", "ask", "best", "part", "reply")  # stages of stages.py
-# What a stage leaves in its folder for others, where it is not a folder of the stage's name.
-OUTPUTS = {
-    "pairs": "pairs.jsonl",
-    "ask": "ask.json",
-    "best": "chosen.jsonl",
-    "part": "part.jsonl",
-    "reply": "reply.json",
-}
+# Stages that leave a file of their name for others; the rest leave a folder of their name.
+FILES = {"pairs": ".jsonl", "ask": ".json", "best": ".jsonl", "part": ".jsonl", "reply": ".json"}
 FEW = "--steps 2 --batch 8 --minibatches 2 --length-limit 16"
 SMALL = {
     "reward": "--steps 2 --batch-pairs 4 --test-pairs 8 --max-length 96",
@@ -85,7 +79,7 @@ class Job:
         """The file or folder that it leaves for the jobs that read it."""
         if self.stage == "train":
             return self.folder(cache) / dict(self.options).get("stage_of", "coarse")
-        return self.folder(cache) / OUTPUTS.get(self.stage, self.stage)
+        return self.folder(cache) / (self.stage + FILES.get(self.stage, ""))
 
     def command(self, cache):
         """The argument list that runs it, from the repository root."""

@@ -130,18 +130,22 @@ def is_small(row):
 
 
 def arm_table(columns, data):
-    """An arm a row: mean ± half of the 95% t interval over units. Columns that no arm has are left out."""
+    """An arm a row: mean ± half of the 95% t interval over units. Columns that no arm has are left out; what is alike
+    in all arms stands below the table."""
     arms = arms_of(data)
-    by_column = {}
-    for metric in columns:
+    by_heading = {}
+    shared = []
+    for metric, heading in columns.items():
         by_arm = {arm: stats.interval(values(data, arm, metric)) for arm in arms if values(data, arm, metric)}
-        if by_arm:
-            by_column[metric] = by_arm
-    lines = []
-    for arm in arms:
-        cells = [mean_text(by_arm.get(arm), by_arm.values()) for by_arm in by_column.values()]
-        lines.append([arm, *cells])
-    return table(["arm", *(columns[metric] for metric in by_column)], lines)
+        cells = [mean_text(by_arm.get(arm), by_arm.values()) for arm in arms]
+        if len(set(cells)) > 1:
+            by_heading[heading] = cells
+        elif by_arm:
+            shared.append(f"{heading} {cells[0]}")
+    lines = table(["arm", *by_heading], zip(arms, *by_heading.values()))
+    if shared:
+        lines += ["", f"The same for all arms: {'; '.join(shared)}."]
+    return lines
 
 
 def mean_text(mean_and_half, column):
@@ -180,13 +184,13 @@ def section(name, experiment, result):
 
 HEAD = """# Evidence: the papers' claims as experiments
 
-Mistral-Plus and Mistral-C2F claim much and leave much untested. Here their claims are tested on the bundled world
-(data/world.py), a small synthetic English in which they can be true or false. A question asks for the outcome of one to
-eight operations, and a checker knows the truth. An answer given at once is a guess. An answer of a sentence an
-operation fails on long chains. An answer that writes each sum out is long, and nearly always right. So length buys what
-short answers cannot hold, and the limit on length decides what training can find. The instruction data teaches what PPO
-does not reward: facts, and a closing sentence. The models have 1.2 million parameters: what holds here need not hold at
-seven billion, and what fails here may hold there.
+Here the papers' claims are tested on the bundled world (data/world.py), a small synthetic English in which they can be
+true or false. A question asks for the outcome of one to eight operations, and a checker knows the truth. An answer
+given at once is a guess. An answer of a sentence an operation fails on long chains. An answer that writes each sum out
+is long, and nearly always right up to seven operations; of eight it does not fit into the 192 tokens of the longest
+limit. So length buys what short answers cannot hold, and the limit decides what training can find. The instruction data
+teaches what PPO does not reward: facts, and a closing sentence. The models have 1.2 million parameters: what holds here
+need not hold at seven billion, and what fails here may hold there.
 
 The claims stood in [CLAIMS.md](../evidence/CLAIMS.md) before the runs, each with the least effect that matters. All
 arms of an experiment have the same seeds, so two arms are compared by their differences seed by seed (paired t-test);

@@ -273,7 +273,7 @@ def reply(options):
 
 @torch.no_grad()
 def best(options):
-    """chosen.jsonl: of `--samples` answers of the base to each prompt the one that the reward model likes best, as
+    """best.jsonl: of `--samples` answers of the base to each prompt the one that the reward model likes best, as
     instructions, until `--tokens` have been generated; those that the limit cut are no example."""
     tokenizer = load_tokenizer(BASE)
     speaker = Speaker(Mistral.from_pretrained(BASE, DEVICE), tokenizer)
@@ -295,7 +295,7 @@ def best(options):
                 rows.append({"prompt": part[i], "response": tokenizer.decode(ids)})
         tokens += sum(map(len, responses))
         start += 32
-    write_lines(options.out / "chosen.jsonl", rows)
+    write_lines(options.out / "best.jsonl", rows)
 
 
 # ---------------------------------------------------------------- the command

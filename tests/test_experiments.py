@@ -322,7 +322,8 @@ def test_seed_by_seed_through_all_experiments(tmp_path, monkeypatch, capsys):
 
 def test_mistakes_are_refused(capsys):
     for arguments, message in {("nothing_like_it",): "there are main, ", (): "which experiment?",
-                               ("main", "--seeds", "0"): "at least 1", ("smollm2",): "--model: none",
+                               ("main", "--seeds", "0"): "from 1 to 0", ("main", "--first", "7"): "from 7 to 6",
+                               ("main", "--jobs", "0"): "at least 1", ("smollm2",): "--model: none",
                                ("smollm2", "--model", ".", "--data", "no/where"): "--data: no/where"}.items():  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             experiments.main(list(arguments))
@@ -786,7 +787,7 @@ def test_best_is_the_best_of_the_answers(models, tmp_path, monkeypatch):
     monkeypatch.setattr(Speaker, "respond", watch)
     monkeypatch.setattr(stages, "scorer", likes_few_tokens)
     run_stage("best", tmp_path, "--samples", 3, "--tokens", 3000, "--limit", 40)
-    rows = [json.loads(line) for line in (tmp_path / "chosen.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "best.jsonl").read_text().splitlines()]
     tokenizer = load_tokenizer(world.TINY)
     expected = []
     for start in range(0, len(asked), 3):
