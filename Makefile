@@ -29,7 +29,7 @@ test-faults: .venv/ready-dev
 	$(VENV) -m pip install -q -r requirements-dev.txt
 	touch $@
 
-# the CPU rows of bench/README.md, beside TRL and transformers: about half an hour
+# the CPU rows of bench/README.md, beside TRL and transformers: about 45 minutes
 THREADS ?= 1
 bench: .venv/ready-dev
 	$(VENV) bench/table.py --run --threads $(THREADS)

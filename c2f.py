@@ -120,14 +120,17 @@ def combine(arguments, stage):
     if (options | arguments).get("lora_rank"):
         options |= preset["adapters"]
     acting = ("system_prompt", "eos", "temperature")
-    if stage in ("eval", "chat"):
+    asking = ("eval", "chat")
+    if stage in asking:
         options |= dict.fromkeys(acting)  # None: the model acts as its folder says that it was trained to
-        if arguments.get("stage", "all") == "all":  # where all stages run, these are meant for PPO
-            arguments = {name: value for name, value in arguments.items() if name not in acting}
+    if (stage in asking) != (arguments.get("stage") in asking):  # the user means them for the other stages
+        arguments = {name: value for name, value in arguments.items() if name not in acting}
     if arguments.get("out") == "":
         raise InputError("--out: an empty name given, a folder expected")
     options = Options(**(options | arguments))
     options.out = options.out or f"runs/{options.preset}"
+    if stage == "chat" and "model" not in arguments and is_finished(options.out, "fine"):
+        options.model = str(target(options.out, "fine"))
     if options.eos is False:  # every response is then as long as the limit, and all would pay the same
         options.concise = options.truncation_penalty = 0.0
     return options
@@ -140,8 +143,6 @@ def resolve(arguments, stage):
         raise InputError(f"--stage pretrain: it makes the tiny base; {options.preset} has one: --model")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     options.dtype = options.dtype or ("bfloat16" if options.device.startswith("cuda") else "float32")
-    if stage == "chat" and "model" not in arguments and is_finished(options.out, "fine"):
-        options.model = str(target(options.out, "fine"))
     check(options)
     if options.resume:
         options = resume_options(options, arguments, stage)

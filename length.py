@@ -151,7 +151,7 @@ def describe(values, scale):
     n = len(values)
     mean = sum(values) / n
     times = [i - (n - 1) / 2 for i in range(n)]
-    slope = sum(t * (v - mean) for t, v in zip(times, values)) / max(sum(t * t for t in times), 1)
+    slope = sum(t * (v - mean) for t, v in zip(times, values)) / (sum(t * t for t in times) or 1)
     residuals = [v - mean - slope * t for t, v in zip(times, values)]
     trend = abs(slope) * (n - 1)
     spread = math.sqrt(sum(r * r for r in residuals) / n)

@@ -54,12 +54,12 @@ def merge_checkpoints(coarse, sft, out, gamma):
 
 
 def tokenizer_files(coarse, sft):
-    """Paths of the parents' tokenizer files; the instruction model's replace those of the same name."""
-    files = {}
-    for parent in (coarse, sft):
-        for pattern in TOKENIZER_FILES:
-            files |= {path.name: path for path in parent.folder.glob(pattern)}
-    return files.values()
+    """Paths of the instruction model's tokenizer files, or of the coarse actor's where that has none."""
+    for parent in (sft, coarse):
+        files = [path for pattern in TOKENIZER_FILES for path in parent.folder.glob(pattern)]
+        if files:
+            return files
+    return []
 
 
 def sweep(coarse, sft, gammas, evaluate):

@@ -133,7 +133,7 @@ class Rollout:
 
 
 def rollout(actor, prompts, max_new_tokens, sampling, seed=None):
-    """A response to each prompt (id lists), never greedy, from the full distribution but `sampling.forbid`.
+    """A response to each prompt (id lists), sampled as `sampling` says.
 
     With `sampling.eos_id` None every response runs to the limit; put EOS in `forbid` then, or it is sampled
     as an ordinary token. Nothing is added to a response that the limit cut. Returns a Rollout."""
@@ -280,6 +280,8 @@ def refuse(roles, sampling, options):
     """Raises InputError for what trains nothing sensible."""
     if not options.temperature:
         raise InputError("--temperature: 0 given; PPO learns from samples, above 0 expected")
+    if sampling.top_p != 1:
+        raise InputError(f"Sampling: top_p {sampling.top_p} given; PPO learns from samples of all tokens, 1 expected")
     if roles.actor is roles.reference:
         raise InputError("Roles: actor and reference are one model; give the reference a copy of it")
     if not sampling.eos_ids and not sampling.stop and not sampling.forbid:
@@ -336,7 +338,7 @@ class PPOTrainer(Trainer):
                 prompts, batch = self.sample()
                 parts.append(self.raw_scores(prompts, batch.responses()))
                 progress.update(1)
-        scores = torch.cat(parts).double()
+        scores = torch.cat(parts).cpu().double()
         if not scores.isfinite().all():
             name = getattr(self.score, "label", "the score function")
             raise InputError(f"{name} gave a number that is not finite (NaN or infinite)")

@@ -31,8 +31,12 @@ def chat_example(tokenizer, messages, max_length):
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start = len(tokenizer.encode_chat(messages[:i]))
-        closed = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
+        history = messages[:i]
+        if tokenizer.encode_chat(history) != ids[: len(tokenizer.encode_chat(history))]:
+            # Mistral v2 and v3 write the system text into the last user turn alone.
+            history = [turn for turn in history if turn["role"] != "system"]
+        start = len(tokenizer.encode_chat(history))
+        closed = tokenizer.encode_chat([*history, message], add_generation_prompt=False)
         # HH's template writes EOS after the last turn only, so stop where the two encodings part.
         end = next((n for n, (a, b) in enumerate(zip(closed, ids)) if a != b), len(closed))
         mask[start:end] = [True] * (end - start)
@@ -51,7 +55,7 @@ def document_examples(tokenizer, documents, tokens):
 
 
 class SFTTrainer(Trainer):
-    """Trains `model` on `examples`, a list of (ids, loss mask). A step's batch is read in four parts of
+    """Trains `model` on `examples`, a list of (ids, loss mask). A step's batch is read in parts of
     similar lengths, so that little padding is computed and every batch is a fair sample."""
 
     CHANGES = (*Trainer.CHANGES, "optimizer")

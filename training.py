@@ -59,7 +59,8 @@ def by_length(lengths, tokens, generator):
             batches.append(batch)
             batch = []
         batch.append(i)
-    batches.append(batch)
+    if batch:
+        batches.append(batch)
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 

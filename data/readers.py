@@ -5,10 +5,10 @@ A prompt is either plain user text, or a dialogue as in Anthropic's HH data with
 its end: "\n\nHuman: Is DVT rare?\n\nAssistant: No.\n\nHuman: How bad is it?\n\nAssistant:". A reply to a
 dialogue keeps its leading space, so that prompt + chosen is the row's dialogue byte for byte.
 
-Files, also gzipped ones, are read line by line; only a JSON array is held in memory whole. A mistake in a
-file is an `InputError` of one line, `file:line: expected ...`. A folder stands for all data files below it,
-sorted; those whose first row lacks the needed fields are left out. So are rows that are well formed but
-useless (chosen and rejected alike, a blank turn). `rows.notes()` says what was left out.
+Files, also gzipped ones, are read line by line; only a JSON array, or an object of several lines, is held in
+memory whole. A mistake in a file is an `InputError` of one line, `file:line: expected ...`. A folder stands for
+all data files below it, sorted; those whose first row lacks the needed fields are left out. So are rows that are
+well formed but useless (chosen and rejected alike, a blank turn). `rows.notes()` says what was left out.
 """
 
 import csv
@@ -198,6 +198,8 @@ def pair(row: dict) -> tuple[str, str, str]:
     if prompt is None:
         return split(*replies)
     prompt = prompt_text(prompt, "prompt")
+    if dialogue(prompt)[-1]["role"] == "assistant":
+        raise Skip("a prompt that ends with a reply")
     if prompt.endswith(ASSISTANT):  # a reply to a dialogue has its leading space
         replies = [reply if reply[:1].isspace() else " " + reply for reply in replies]
     return prompt, *replies

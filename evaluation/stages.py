@@ -119,6 +119,8 @@ def evaluate_models(run):
     if not models:
         models = {"base": options.model} if options.model else {}
         models |= {stage: folder / stage for stage in NEEDS["eval"] if is_finished(folder, stage)}
+    if not models:
+        raise InputError(f"--models: none given and none in {folder}; NAME=FOLDER expected")
     material = gather_material(options)
     judge = UserFunction(options.judge, "--judge").ratings if options.judge else None
     # a model of eval may be a file of answers in FastChat's form

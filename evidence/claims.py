@@ -322,8 +322,8 @@ def parents_jobs(line):
 PARENTS = Experiment(
     "Merging a spoilt parent",
     "Actors trained by a small reward model without a price on KL, and by one that was taught to like the longer"
-    " reply, before and after the merge with sft at gamma 0.7.",
-    parents_jobs, FIGURES | {"reward": "reward", "second_score_end": "gold in training", "kl_end": "KL, nats"},
+    " reply, before and after the merge with sft at gamma 0.7. Gold is the checker's score.",
+    parents_jobs, FIGURES | {"reward": "reward", "second_score_end": "checker's score in training", "kl_end": "KL, nats"},
     [
         Claim("the merge gives gold back to an over-optimised actor: right more often", "accuracy",
               "over-optimised, merged", "over-optimised", 0.02),

@@ -174,7 +174,7 @@ def section(name, experiment, result):
     source = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}, {result['made']}"
     seeds = f"seeds {', '.join(result['seeds'])} of {experiment.seeds}"
     lines = [f"## {name}: {experiment.title}"]
-    lines += [f"{experiment.about} `{result['command']}`: {seeds}; {cost}; {source}.", ""]
+    lines += [f"{experiment.about} `{result['command']}`: {seeds}; {cost}; last on {source}.", ""]
     lines += [*arm_table(experiment.columns, data), ""]
     if experiment.exploratory:
         texts = [exploratory_text(claim, data) for claim in experiment.exploratory]
@@ -197,7 +197,7 @@ arms of an experiment have the same seeds, so two arms are compared by their dif
 on the real model item by item. The p-values of all claims over seeds are corrected together by Holm's method, and those
 over items. A claim **holds** where its corrected p is below 0.05 and the difference lies on the side that it names; "no
 less" and "no more" are one-sided tests against a loss of the size that matters. It **fails** where the 95% interval,
-uncorrected, excludes an effect of that size. Otherwise it is **undecided**. A difference is the arm's figure less its
+uncorrected, excludes an effect of that size, or lies wholly beyond such a loss. Otherwise it is **undecided**. A difference is the arm's figure less its
 rival's, as CLAIMS.md names them; ± is half a 95% interval.
 """
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data import data_files
 from reward import RewardModel, Scorer
 from run import checkpoint
 from run.exits import Failed, Stopped, stop_signals
@@ -33,9 +34,11 @@ FILES = (  # what a run writes into its folder, beside the folders of stages
 )  # fmt: skip
 # Options that do not affect training.
 FREE = ("out", "stage", "resume", "overwrite", "debug", "save_every", "max_skipped", "tensorboard", "estimate")
-ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # change a step's last bits alone
+ROUNDING = ("threads", "device", "microbatch", "checkpointing")  # do not change what is computed, but its last bits
 ACTING = "acting.json"  # in a model's folder: the system prompt, EOS and temperature that it was trained with
 ACTING_FIELDS = {"system": (str,), "eos": (bool,), "temperature": (float, 0, 2**62)}
+AGAIN = "again"  # a file beside the checkpoints of a stage that --overwrite does again, until that is done
+ADVICE = "lower the learning rate, look at the scores"
 CODE = ("score", "second_score", "judge")  # the command line alone decides what is imported, never a file
 
 ASKED = (*ADAPTED, "eval", "chat")  # stages that read --model and its template
@@ -90,9 +93,16 @@ class RunOptions:
 
 
 def require_inputs(options, stage):
+    """InputError where an option is missing that the stage cannot do without, or its path leads nowhere."""
     for name in INPUTS.get(stage, ()):
-        if not getattr(options, name):
+        path = getattr(options, name)
+        if not path:
             raise InputError(f"{flag(name)}: needed by {stage} with this preset")
+        find = locate if name == "model" else data_files
+        find(path)
+    own_models = {"plus": options.reward_model, "coarse": options.reward_model, "fine": options.sft_model}
+    if own_models.get(stage):
+        locate(own_models[stage])
     if stage == "eval" and options.preset != "tiny" and not (options.tasks or options.benchmarks):
         raise InputError("--tasks: none given; NAME=FILE, or --benchmarks FOLDER, or --preset tiny")
 
@@ -113,14 +123,20 @@ def target(folder, stage):
     return Path(folder) / names.get(stage, stage)
 
 
-def is_finished(folder, stage):
+def has_output(folder, stage):
     path = target(folder, stage)
     return path.is_file() or (path / "config.json").exists()
+
+
+def is_finished(folder, stage):
+    """Whether a stage's output is there, and not of a time before --overwrite began to do it again."""
+    return has_output(folder, stage) and not (Path(folder) / "checkpoint" / stage / AGAIN).exists()
 
 
 def forget(folder, stage):
     """Deletes the checkpoints of a stage that is finished."""
     if processes.is_first():
+        (Path(folder) / "checkpoint" / stage / AGAIN).unlink(missing_ok=True)  # first, for the rest takes a while
         remove(Path(folder) / "checkpoint" / stage)
         with contextlib.suppress(OSError):  # another stage has one
             (Path(folder) / "checkpoint").rmdir()
@@ -136,8 +152,9 @@ def as_json(options):
 
 
 def resume_options(options, arguments, stage):
-    """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. What
-    the user gave (`arguments`) may differ from them only where it changes no more than rounding."""
+    """The options of an interrupted run, as its checkpoint has them, or `options` where there is none. Those
+    of `FREE` are the new ones. Others that the user gave (`arguments`) may differ where they change no more than
+    rounding, and more `steps` may be asked for."""
     path = checkpoint.newest(Path(options.out) / "checkpoint" / stage)
     if path is None:
         return options
@@ -158,7 +175,7 @@ def resume_options(options, arguments, stage):
             continue
         if name not in ROUNDING:
             raise InputError(f"{change}; resume with the former value, or start anew with --overwrite")
-        print(f"{change}: the last bits of the result may differ")
+        print(f"{change}: the last bits may differ, and on another kind of device what is sampled")
     changeable = [*FREE, *(name for name in (*ROUNDING, "steps") if name in arguments)]
     return dataclasses.replace(options, **(before | {name: now[name] for name in changeable}))
 
@@ -236,6 +253,8 @@ class Run:
             self.done, self.state = checkpoint.load(path)
             print(f"{stage}: going on after step {self.done}")
             self.compare_models()
+        elif options.resume and stage in TRAINED:
+            print(f"{stage}: no checkpoint, starting at step 0 with the options given")
         if options.tensorboard:
             self.scalars = Scalars(self.folder / "tensorboard" / stage, self.done + 1)
 
@@ -291,6 +310,9 @@ class Run:
         make_folder(self.folder)
         if not self.options.resume:
             remove(self.checkpoints)
+            if has_output(self.folder, self.stage):
+                make_folder(self.checkpoints)
+                (self.checkpoints / AGAIN).touch()
         for name in LOGS:
             self.cut_log(name, self.state["lines"][name] if self.state else 0)
         path = self.folder / "config.json"
@@ -352,9 +374,10 @@ class Run:
                 figures = [f"{label} {metrics[name]:.3g}" for name, label in labels.items()]
                 progress.update(1, " ".join(figures))
                 failures = failures + 1 if metrics["skipped_updates"] else 0
-                is_over = self.done == steps and failures == self.done  # nothing was learnt
+                if failures == self.done == steps:
+                    raise Failed(f"{self.stage}: no step had finite gradients, so nothing was learnt; {ADVICE}")
                 is_stopped = processes.total(len(signals)) > 0
-                is_failing = failures >= self.options.max_skipped or is_over
+                is_failing = failures >= self.options.max_skipped
                 every = self.options.save_every
                 is_due = every and self.done % every == 0 and self.done < steps
                 if is_stopped or is_failing or is_due:
@@ -387,7 +410,7 @@ class Run:
             raise Stopped(f"stopped after step {self.done}; {saved}", signals[0] if signals else signal.SIGTERM)
         if failures:
             reason = f"{failures} steps in a row had gradients that are not finite, so nothing was learnt"
-            raise Failed(f"{self.stage}: {reason}; lower the learning rate, look at the scores; {saved}")
+            raise Failed(f"{self.stage}: {reason}; {ADVICE}; {saved}")
 
     def save_checkpoint(self, trainer):
         """All that decides how this stage goes on. Several processes gather it together; the first writes

@@ -57,7 +57,7 @@ def read_pairs(run, tokenizer):
     train, test = parts
     if not train or not test:
         split = f"{len(train)} to train on and {len(test)} to test on"
-        raise InputError(f"--preferences: {len(pairs)} pairs leave {split}; more are needed")
+        raise InputError(f"--preferences: {len(pairs)} pairs leave {split} (--held-out)")
     lengths = [max(map(len, pair)) for pair, _ in train + test]
     note_cuts(lengths, options.max_length, len(pairs) - len(lengths))
     random.Random(options.seed).shuffle(test)  # files are read one after the other
@@ -113,4 +113,5 @@ def hold_out(prompts, options):
     seed. The tiny world has a validation set of its own."""
     if options.preset == "tiny":
         return prompts, []
-    return split_by_first_turn(prompts, min(0.1, VALIDATION_PROMPTS / len(prompts)), 0)
+    train, validation = split_by_first_turn(prompts, min(0.1, VALIDATION_PROMPTS / len(prompts)), 0)
+    return (train, validation) if train else (prompts, [])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data import dialogue_text
-from support.files import InputError, reading
+from support.files import InputError
 
 
 def import_function(name):
@@ -22,10 +22,9 @@ def import_function(name):
     `file.py:function`."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
-        spec = importlib.util.spec_from_file_location(Path(module).stem, module)
-        loaded = importlib.util.module_from_spec(spec)
-        with reading(module, "a Python file"):
-            spec.loader.exec_module(loaded)
+        spec = importlib.util.spec_from_file_location(f"user_{Path(module).stem}", module)
+        loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
     else:
         sys.path.insert(0, os.getcwd())
         loaded = importlib.import_module(module)

@@ -155,8 +155,8 @@ def remove(folder):
 @contextlib.contextmanager
 def replacing(folder):
     """`with replacing(folder) as temporary:` fills a folder beside `folder`, which takes its name when all of
-    it is on the disk. An interrupted write leaves the old folder as it was. A folder that this program did
-    not make is refused."""
+    it is on the disk. An interrupted write leaves the old folder as it was, or, between the two renames at the
+    end, as .NAME.old. A folder that this program did not make is refused."""
     folder = Path(folder)
     refuse_foreign(folder)
     temporary = folder.with_name(f".{folder.name}.writing")

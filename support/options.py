@@ -7,6 +7,7 @@ raises InputError where options do not go together. """
 
 import argparse
 import dataclasses
+import inspect
 
 import torch
 
@@ -48,7 +49,7 @@ def build_parser(cls, prog, description, epilog):
     for owner in cls.__mro__:
         if dataclasses.is_dataclass(owner):
             group = parser.add_argument_group(owner.TITLE)
-            for name in vars(owner)["__annotations__"]:
+            for name in inspect.get_annotations(owner):
                 add_argument(group, fields[name])
     return parser
 
@@ -99,7 +100,7 @@ def idle_options(arguments, by_stage):
     unread = []
     lines = []
     for owner in cls.__mro__:
-        for name in vars(owner).get("__annotations__", {}):
+        for name in inspect.get_annotations(owner):
             if name not in arguments:
                 continue
             metadata = cls.__dataclass_fields__[name].metadata

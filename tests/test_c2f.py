@@ -198,6 +198,7 @@ MISSING = [
     ("--stage eval --preset tiny --models it={base} --judge nowhere:f", "--judge"),
     ("--stage eval --models it={base} --toxicity-words {no}", "none"),
     ("--stage eval --models it={base} --tasks mt_bench={file}", "a_file:1"),
+    ("--stage eval --preset smollm2-135m --model= --tasks mine={file}", "--models"),
     ("--stage chat --model {no}", "none"),
     ("--stage reward --held-out 0", "--preferences"),
     ("--stage plus --score judge:length --max-prompt 1", "--prompts"),
@@ -245,6 +246,14 @@ def test_help_lists_every_option():
         assert "--" + name.replace("_", "-") in result.out
 
 
+def test_how_eval_is_to_ask_changes_no_training_before_it():
+    arguments = {"stage": "eval", "temperature": 0.0, "eos": False, "system_prompt": "Be brief."}
+    asked = c2f.combine(arguments, "eval")
+    trained = c2f.combine(arguments, "plus")
+    assert (asked.temperature, asked.eos, asked.system_prompt) == (0.0, False, "Be brief.")
+    assert (trained.temperature, trained.eos, trained.system_prompt) == (1.0, True, "")
+
+
 # ---------------------------------------------------------------- a whole run
 
 
@@ -255,7 +264,12 @@ def test_only_the_actors_say_how_they_act(run):
 
 @pytest.mark.parametrize(
     "options, name",
-    [(("--preset", "smollm2-135m", "--instructions", ""), "--instructions"), (("--length-limit", 300), "--limit-maximum")],
+    [
+        (("--preset", "smollm2-135m", "--instructions", ""), "--instructions"),
+        (("--length-limit", 300), "--limit-maximum"),
+        (("--instructions", "no/where.jsonl"), "no/where.jsonl"),
+        (("--sft-model", "no where"), "no where"),
+    ],
 )
 def test_a_mistake_of_a_later_stage_is_refused_before_the_first_begins(options, name, arguments, tmp_path):
     assert_refused(main("--stage", "all", "--out", tmp_path / "run", *arguments, *options), name)
@@ -570,6 +584,8 @@ def test_chat_answers_each_line_with_the_fine_actor_or_the_model_of_the_user(run
     chat = ("--stage", "chat", "--out", run.folder, *SIZES)
     result = main(*chat, stdin="Hello!\nWhere is Lum?\n\nnever read\n")
     assert result.code == 0 and str(run.folder / "fine") in result.out and result.out.count("model:") == 2
+    result = main(*chat, "--preset", "smollm2-135m", stdin="Hello!")
+    assert result.code == 0 and str(run.folder / "fine") in result.out
     result = main(*chat, "--model", run.folder / "sft", stdin="Hello!")  # the input just ends
     assert result.code == 0 and str(run.folder / "sft") in result.out and result.out.count("model:") == 1
 

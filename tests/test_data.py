@@ -216,6 +216,7 @@ def test_each_form_of_prompt(tmp_path, row, expected):
 @pytest.mark.parametrize("reader, row, reason", [
     (read_preferences, {"prompt": "Hi", "chosen": "Yes.", "rejected": "Yes."}, "chosen and rejected alike"),
     (read_preferences, {"prompt": " ", "chosen": "Yes.", "rejected": "No."}, "a blank prompt"),
+    (read_preferences, {"prompt": DIALOGUE + " Yes.", "chosen": "Yes.", "rejected": "No."}, "a prompt that ends with a reply"),
     (read_prompts, {"prompt": []}, "a blank prompt"),
     (read_instructions, {"prompt": "Hi", "response": "\n"}, "a blank turn"),
     (read_instructions, {"messages": HI}, "no answer to a question"),

@@ -791,7 +791,12 @@ def test_a_judge_that_fails_ends_eval_in_one_line(name, functions, run_stage, tm
 def test_a_file_of_the_users_scores(functions, run_stage, tmp_path):
     """By its path, from any working folder; also where it changes what it can."""
     (tmp_path / "my_reward.py").write_text(
+        "from __future__ import annotations\n"
         "import os, sys, torch\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    scale: float = 1.0\n"
         "def score(texts):\n"
         "    os.chdir('/')\n"
         "    sys.stdout = None\n"

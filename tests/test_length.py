@@ -102,6 +102,13 @@ def test_cm_never_shrinks_nor_passes_its_maximum(seed):
 # ---------------------------------------------------------------- the function itself
 
 
+def test_two_values_lie_on_their_line():
+    cm = ContinuousMaximization(window=2, reward_scale=1.0, value_scale=1.0)
+    for value in (0.0, 1.0):
+        cm.update(value, value)
+    assert cm.features == pytest.approx([1, 0, 1, 1, 0, 1])
+
+
 def test_cm_is_a_logistic_regression_on_trend_spread_and_change():
     rng = np.random.default_rng(0)
     weights = (0.3, -0.2, 0.5, -0.7, 0.1, 0.4)

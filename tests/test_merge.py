@@ -291,6 +291,16 @@ def test_a_tokenizer_that_only_coarse_has_comes_along(tmp_path):
     assert (tmp_path / "fine" / "tokenizer.json").read_bytes() == b"{}"
 
 
+def test_the_instruction_models_template_is_not_replaced_by_the_coarse_actors(tmp_path):
+    """Its own stands inside tokenizer_config.json, where a chat_template.jinja beside it would replace it."""
+    coarse, sft = parents(tmp_path)
+    (coarse / "chat_template.jinja").write_bytes(b"{{ }}")
+    (sft / "tokenizer_config.json").write_bytes(b'{"chat_template": "its own"}')
+    merge_checkpoints(coarse, sft, tmp_path / "fine", 0.7)
+    assert (tmp_path / "fine/tokenizer_config.json").read_bytes() == b'{"chat_template": "its own"}'
+    assert not (tmp_path / "fine/chat_template.jinja").exists()
+
+
 def test_out_may_be_a_parent(tmp_path):
     coarse, sft = parents(tmp_path, shards=("20KB", "20KB"))
     (sft / "tokenizer.json").write_bytes(b"{}")

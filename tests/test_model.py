@@ -231,6 +231,7 @@ def test_visible_equals_a_double_loop(window, masked):
 def test_by_length(bound):
     lengths = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     batches = by_length(lengths, bound, torch.Generator().manual_seed(1))
+    assert by_length([], bound, torch.Generator()) == []
     assert sorted(i for batch in batches for i in batch) == list(range(200))
     widths = sorted((min(lengths[i] for i in batch), max(lengths[i] for i in batch), len(batch)) for batch in batches)
     assert all(widest * n <= bound or n == 1 for _, widest, n in widths)

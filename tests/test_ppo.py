@@ -859,6 +859,11 @@ def test_23_greedy_rollouts_are_refused():
         trainer_of(temperature=0.0)
 
 
+def test_08_rollouts_by_top_p_are_refused():
+    with pytest.raises(InputError, match="top_p 0.9"):
+        trainer_of(sampling=Sampling(eos_id=EOS, top_p=0.9))
+
+
 def test_24_a_second_judge_is_logged_beside_the_reward(folder, tmp_path, monkeypatch):
     """That it is never trained on: test_c2f.py."""
     (tmp_path / "second_judge.py").write_text("def length(texts): return list(map(len, texts))")

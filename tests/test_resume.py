@@ -107,6 +107,23 @@ def test_it_resumes_more_than_once_and_from_the_checkpoint_after_the_last_step(
     assert_same(tmp_path, whole("coarse"), "coarse")
 
 
+def test_a_finished_stage_that_is_done_again_resumes_too(whole, run_stage, interrupt, tmp_path):
+    assert run_stage("sft", tmp_path, "--seed", "1").code == 0
+    interrupt("sft", tmp_path, 6, "--overwrite")
+    result = run_stage("sft", tmp_path, "--resume")
+    assert result.code == 0 and "going on after step 4" in result.out
+    assert_same(tmp_path, whole("sft"), "sft")
+
+
+def test_a_stage_that_was_killed_before_its_first_checkpoint_says_that_it_starts_anew(
+    whole, run_stage, interrupt, tmp_path
+):
+    interrupt("sft", tmp_path, 2)
+    result = run_stage("sft", tmp_path, "--resume")
+    assert result.code == 0 and "no checkpoint, starting at step 0" in result.out
+    assert_same(tmp_path, whole("sft"), "sft")
+
+
 # ---------------------------------------------------------------- options of a run that is resumed
 
 
@@ -468,6 +485,16 @@ def test_after_several_of_them_in_a_row_it_stops_with_its_state_saved(run_stage,
         assert all(parameter.isfinite().all() for parameter in state["trainer"][optimizer]["parameters"])
     assert run_stage("coarse", tmp_path, *more, "--resume").code == 0
     assert rows(tmp_path)[-1]["step"] == 6
+
+
+def test_a_stage_that_learnt_nothing_is_not_finished_by_resuming_it(run_stage, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        spoil_gradients(patch, SFTTrainer, dict.fromkeys(range(1, 7), float("nan")))
+        result = run_stage("sft", tmp_path, "--max-skipped", "9")
+    assert result.code == 1
+    assert_one_line(result, "nothing was learnt")
+    assert run_stage("sft", tmp_path, "--resume").code == 0
+    assert [row["skipped_updates"] for row in rows(tmp_path)] == [1, 1, 1, 1, 0, 0]
 
 
 def test_a_score_that_turns_nan_skips_the_step_and_holds_the_limit(run_stage, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from generation import pad_right
 from model import Config, Mistral, initialize
 from sft import SFTOptions, SFTTrainer
 from tokenizer import load_tokenizer
+from tokenizer.templates import MISTRAL_V3
 
 SINGLE = [
     {"role": "user", "content": "How are you?"},
@@ -88,6 +89,14 @@ def test_the_mask_covers_the_answers_and_nothing_else(tokenizers, template, mess
     context = tokenizer.decode([i for i, counted in zip(ids, mask) if not counted])
     assert not any(text in context for text in answers)
     assert all(text in context for text in others)
+
+
+def test_all_answers_count_where_the_system_text_stands_in_the_last_question(tokenizers):
+    tokenizer = copy.copy(tokenizers["mistral"])
+    tokenizer.template = MISTRAL_V3
+    ids, mask = sft.chat_example(tokenizer, MULTI, 999)
+    answers = [message["content"] for message in MULTI if message["role"] == "assistant"]
+    assert [tokenizer.decode(row).strip() for row in stretches(ids, mask)] == answers
 
 
 @pytest.mark.parametrize("template", ENDS)
