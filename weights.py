@@ -87,12 +87,12 @@ def read_config(folder):
     implemented, before any weight is read."""
     folder = Path(folder)
     path = folder / "config.json"
-    read = complete_config
+    complete = complete_config
     if not path.exists() and (folder / "params.json").exists():
         path = folder / "params.json"
-        read = translate_params
+        complete = translate_params
     with reading(path, "the config of a Mistral or Llama model"):
-        config = read(read_json(path), path)
+        config = complete(read_json(path), path)
         check_fields(config, FIELDS)
         check_heads(config)
     return config

@@ -89,7 +89,9 @@ def measure(speaker, material, score):
     """({metric: [a value a question]}, records) of `material.dialogues`: form, and reward where there is a
     `score`. records: "answers", a list of texts for each question; "rewards", a number a turn."""
     conversations = converse(speaker, material.dialogues, material.max_new_tokens, material.seed)
-    texts = [[speaker.tokenizer.decode(ids) for ids, _ in answers] for answers in conversations]
+    texts = []
+    for answers in conversations:
+        texts.append([speaker.tokenizer.decode(ids) for ids, _ in answers])
     turns = for_judge(material.dialogues, texts)
     answers = [answer for answers in conversations for answer in answers]
     _, values = speaker.measure([turn.messages for turn in turns], answers, score)

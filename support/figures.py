@@ -48,7 +48,10 @@ def peak_memory_gib(device):
 def summarize(history):
     """The metrics of an update from the figures of its minibatches: their means, the ratio of the first one
     that is farthest from 1, and how many optimizer steps were left out for gradients that were not finite."""
-    metrics = {name: fmean(figures[name] for figures in history) for name in history[0] if name != "ratio"}
+    metrics = {}
+    for name in history[0]:
+        if name != "ratio":
+            metrics[name] = fmean(figures[name] for figures in history)
     norms = [figures["grad_norm"] for figures in history]
     norms += [figures["critic_grad_norm"] for figures in history]
     skipped = sum(not math.isfinite(norm) for norm in norms)
