@@ -529,6 +529,11 @@ def test_08_old_new_and_reference_logprobs_and_entropy_share_the_temperature(wat
 PRECISIONS = [(torch.float32, 2, 1e-5), (torch.bfloat16, 0.5, 1e-2)]  # large logits are coarse in bf16
 
 
+def test_08_rollouts_by_top_p_are_refused():
+    with pytest.raises(InputError, match="top_p 0.9"):
+        trainer_of(sampling=Sampling(eos_id=EOS, top_p=0.9))
+
+
 @pytest.mark.parametrize("dtype, sharpness, tolerance", PRECISIONS)
 @pytest.mark.parametrize("sampling", [PLUS, COARSE], ids=["plus", "coarse"])
 def test_09_before_any_update_the_ratio_is_1_and_the_kl_is_0(dtype, sharpness, tolerance, sampling):
@@ -857,11 +862,6 @@ def test_23_rollouts_are_sampled_each_with_its_own_noise():
 def test_23_greedy_rollouts_are_refused():
     with pytest.raises(InputError, match="temperature"):
         trainer_of(temperature=0.0)
-
-
-def test_08_rollouts_by_top_p_are_refused():
-    with pytest.raises(InputError, match="top_p 0.9"):
-        trainer_of(sampling=Sampling(eos_id=EOS, top_p=0.9))
 
 
 def test_24_a_second_judge_is_logged_beside_the_reward(folder, tmp_path, monkeypatch):
