@@ -102,12 +102,13 @@ class RewardModel(ScalarModel):
 
 
 def encode_answer(tokenizer, messages, answer):
-    """Ids of a dialogue and the text of its answer, without an ending."""
+    """Ids of a dialogue and the text of its answer, without an ending. The space that a reply of HH begins
+    with belongs to HH's template."""
     prompt = len(tokenizer.encode_chat(messages))
-    turn = {"role": "assistant", "content": answer}
+    turn = {"role": "assistant", "content": answer.removeprefix(" ")}
     ids = tokenizer.encode_chat([*messages, turn], add_generation_prompt=False)
     ends = [i for i in range(prompt, len(ids)) if ids[i] == tokenizer.eos_id]  # from the template alone
-    return ids[: ends[-1]] if ends else ids
+    return ids[: ends[-1]] if ends else ids[:prompt] + tokenizer.trim(ids[prompt:])
 
 
 def encode_pair(tokenizer, messages, chosen, rejected, max_length):

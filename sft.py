@@ -32,8 +32,7 @@ def chat_example(tokenizer, messages, max_length):
         if message["role"] != "assistant":
             continue
         history = messages[:i]
-        if tokenizer.encode_chat(history) != ids[: len(tokenizer.encode_chat(history))]:
-            # Mistral v2 and v3 write the system text into the last user turn alone.
+        if tokenizer.template.folds_into_last and i + 1 < len(messages):
             history = [turn for turn in history if turn["role"] != "system"]
         start = len(tokenizer.encode_chat(history))
         closed = tokenizer.encode_chat([*history, message], add_generation_prompt=False)

@@ -30,7 +30,8 @@ MAX_LINE = 256 * 2**20  # bytes; a file without line ends would fill the memory 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 ENDINGS += tuple(ending + ".gz" for ending in ENDINGS)
 LFS_POINTER = b"version https://git-lfs"
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+ROLES = {"user": "user", "human": "user", "system": "system"}
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")  # ShareGPT has all of these
 QUESTIONS = ("instruction", "question", "prompt", "goal")  # Alpaca, Dolly; GSM8K; prompt lists; AdvBench
 ANSWERS = ("output", "response", "answer", "completion")
 REPLY_FORMS = '{"prompt", "chosen", "rejected"} or {"prompt", "response": [better, worse]}'
@@ -198,8 +199,6 @@ def pair(row: dict) -> tuple[str, str, str]:
     if prompt is None:
         return split(*replies)
     prompt = prompt_text(prompt, "prompt")
-    if dialogue(prompt)[-1]["role"] == "assistant":
-        raise Skip("a prompt that ends with a reply")
     if prompt.endswith(ASSISTANT):  # a reply to a dialogue has its leading space
         replies = [reply if reply[:1].isspace() else " " + reply for reply in replies]
     return prompt, *replies
@@ -254,13 +253,14 @@ def instruction(row: dict) -> list[dict]:
 
 def conversation(row: dict, forms: str) -> list[dict]:
     """The messages of an instruction row; they end with the question where it has no answer."""
+    system = text_of(row.get("system") or row.get("system_prompt") or "", "system")  # Alpaca; OpenOrca
+    messages = [{"role": "system", "content": system}] if system.strip() else []
     for field in ("messages", "conversations"):
         if field in row:
-            return turns_of(list_of(row[field], field), field)
+            return messages + turns_of(list_of(row[field], field), field)
     question = next((field for field in QUESTIONS if field in row), None)
     if question is None:
         raise mistake(forms, list(row), OtherRow)
-    messages = []
     for exchange in list_of(row.get("history") or [], "history"):  # [[question, answer], ...]
         messages += turns_of(list_of(exchange, "history"), "history")
     if question == "prompt":
@@ -273,7 +273,10 @@ def conversation(row: dict, forms: str) -> list[dict]:
         messages.append({"role": "user", "content": content})
     answer = next((field for field in ANSWERS if field in row), None)
     if answer is not None:
-        messages.append({"role": "assistant", "content": text_of(row[answer], answer)})
+        reply = text_of(row[answer], answer)
+        if question == "prompt":  # it may be HH's, whose replies begin with a space
+            reply = reply.removeprefix(" ")
+        messages.append({"role": "assistant", "content": reply})
     return messages
 
 
@@ -311,6 +314,8 @@ def prompt_text(prompt, field: str) -> str:
     messages = alternating(turns_of(prompt, field))
     if not any(message["content"].strip() for message in messages if message["role"] == "user"):
         raise Skip("a blank prompt")
+    if messages[-1]["role"] == "assistant":
+        raise Skip("a prompt that ends with a reply")
     is_dialogue = isinstance(prompt, str) and HUMAN in prompt
     return hh_prompt(messages) if is_dialogue else dialogue_text(messages)
 

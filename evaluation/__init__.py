@@ -3,7 +3,7 @@
 `evaluate` asks one model and gives every metric's value for each item; `tables.py` makes intervals, tests and
 tables of them. Metrics, each a mean over items:
 
-  accuracy        the answer is right, by the world's checker (or GSM8K's last number)
+  accuracy        the answer is right, by the world's checker (or GSM8K's number after ####)
   verified_steps  true steps written: the world's, in order; of GSM8K different true equations
   redundancy      share of the words in sentences that repeat an earlier one
   ended_rate      EOS was written, after a full sentence

@@ -182,7 +182,7 @@ def solutions(speaker, items):
     for start in range(0, len(items), batch):
         part = items[start : start + batch]
         prompts = [tokenizer.encode(item["context"], bos=tokenizer.plain_bos)[-room:] for item in part]
-        for ids in generate(speaker.model, prompts, max_new_tokens, 0.0, eos_id=tokenizer.eos_id, stop=stop):
+        for ids in generate(speaker.model, prompts, max_new_tokens, 0.0, eos_id=tokenizer.end_ids, stop=stop):
             text = tokenizer.decode(ids)
             ends = [text.find(string) for string in until if string in text]
             texts.append(text[: min(ends, default=None)])

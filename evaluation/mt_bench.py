@@ -15,7 +15,8 @@ from support.files import InputError, reading, write_lines
 from support.progress import Progress
 
 QUESTIONS = "mt_bench/question.jsonl"  # below the benchmarks folder
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; others: 0
+# FastChat's temperatures; categories that are not among them have 0.7.
+TEMPERATURES = {"stem": 0.1, "humanities": 0.1} | dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories whose judge sees a reference answer
 BATCH = 16  # dialogues at a time: two turns of long answers need memory
 
@@ -71,7 +72,7 @@ def converse(speaker, questions, max_new_tokens, seed=0):
     """[[(ids, ended) of each turn] of each question]; each turn is asked with those before it answered."""
     histories = [[] for _ in questions]
     answers = [[] for _ in questions]
-    temperatures = [TEMPERATURES.get(question["category"], 0.0) for question in questions]
+    temperatures = [TEMPERATURES.get(question["category"], 0.7) for question in questions]
     for turn in range(max(len(question["turns"]) for question in questions)):
         for temperature in sorted(set(temperatures)):
             rows = [i for i, t in enumerate(temperatures) if t == temperature and turn < len(questions[i]["turns"])]
@@ -95,7 +96,7 @@ def measure(speaker, material, score):
     turns = for_judge(material.dialogues, texts)
     answers = [answer for answers in conversations for answer in answers]
     _, values = speaker.measure([turn.messages for turn in turns], answers, score)
-    return summarize(turns, values, texts)
+    return summarize(turns, values, texts, material.dialogues)
 
 
 def evaluate_stored(path, material, score, label="eval"):
@@ -112,25 +113,26 @@ def evaluate_stored(path, material, score, label="eval"):
         with Progress(len(turns), label) as progress:
             messages = [turn.messages for turn in turns]
             values["reward"] = score_answers(score, messages, [turn.answer for turn in turns], progress)
-    return summarize(turns, values, texts)
+    return summarize(turns, values, texts, material.dialogues)
 
 
-def summarize(turns, values, texts):
+def summarize(turns, values, texts, questions):
     """({metric: [a value a question]}, records) of {metric: [a value a turn]}."""
     records = {"answers": texts}
     if "reward" in values:
         records["rewards"] = values["reward"]
     keys = [turn.key for turn in turns]
-    return {metric: question_means(dict(zip(keys, numbers))) for metric, numbers in values.items()}, records
+    means = {metric: question_means(dict(zip(keys, numbers)), questions) for metric, numbers in values.items()}
+    return means, records
 
 
-def question_means(numbers):
-    """The mean over its turns of each question of {(question_id, turn): number}: the turns of a question are
-    not independent, and intervals need values that are."""
-    questions = {}
+def question_means(numbers, questions):
+    """The mean over its turns of each question of {(question_id, turn): number}, None where there is none: the
+    turns of a question are not independent, and intervals need values that are."""
+    by_question = {question["question_id"]: [] for question in questions}
     for (question_id, _), number in numbers.items():
-        questions.setdefault(question_id, []).append(number)
-    return [sum(turns) / len(turns) for turns in questions.values()]
+        by_question[question_id].append(number)
+    return [sum(turns) / len(turns) if turns else None for turns in by_question.values()]
 
 
 class Turn(str):
@@ -218,10 +220,9 @@ def judge_models(folder, material, answers, rewards, judge=None):
             scores[model] = {key: score for key, score in ratings.items() if score is not None}
         values[model] = {}
         if judge:
-            values[model]["mt_bench"] = question_means(scores[model])
+            values[model]["mt_bench"] = question_means(scores[model], material.dialogues)
         if model != first and model in scores and first in scores:
-            values[model]["win_rate"] = question_means(wins(scores[model], scores[first]))
-        values[model] = {metric: numbers for metric, numbers in values[model].items() if numbers}
+            values[model]["win_rate"] = question_means(wins(scores[model], scores[first]), material.dialogues)
     for name, lines in rows.items():
         write_lines(folder / f"model_judgment/{name}_single.jsonl", lines)
     return values

@@ -51,9 +51,10 @@ def interval(values, is_share=True, resamples=1000, seed=0):
 
 
 def difference(a, b, draws=10000, seed=0):
-    """p-value of the paired sign-flip test on two models' values of the same items. Up to 12 items that
-    differ are flipped in every way, more of them `draws` times at random."""
-    apart = torch.tensor([float(x) - float(y) for x, y in zip(a, b)], dtype=torch.float64)
+    """p-value of the paired sign-flip test on two models' values of the same items, those that both have. Up to
+    12 items that differ are flipped in every way, more of them `draws` times at random."""
+    pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
+    apart = torch.tensor([float(x) - float(y) for x, y in pairs], dtype=torch.float64)
     apart = apart[apart != 0]
     n = len(apart)
     if n == 0:
@@ -67,25 +68,33 @@ def difference(a, b, draws=10000, seed=0):
     return (sums >= apart.sum().abs() - 1e-9).double().mean().item()
 
 
+def present(values):
+    return [value for value in values if value is not None]
+
+
 def write_results(folder, models):
     """results.json, {model: {metric: value, metric_ci: [low, high], metric_p: p against the first model}},
     and the tables of it in results.md. Returns the short one, to print. `models`: {model: {metric: [a value
-    an item]}}; rewards are shifted so that the first model's mean is 0. InputError where nothing was measured."""
-    if not any(models.values()):
-        raise InputError("--tasks: nothing of what they name could be measured")
-    first = next(iter(models.values()))
+    an item, None where it has none]}}; rewards are shifted so that the first model's mean is 0. InputError where
+    nothing was measured."""
+    first = next(iter(models.values()), {})
     results = {}
     counts = {}  # items, of the first model that has the metric; stored answers may have fewer
     for model, metrics in models.items():
         results[model] = {}
         for metric, values in metrics.items():
-            counts.setdefault(metric, len(values))
-            mean, bounds = interval(values, is_share_metric(metric))
-            shift = interval(first.get("reward", [0.0]))[0] if metric == "reward" else 0.0
+            numbers = present(values)
+            if not numbers:
+                continue
+            counts.setdefault(metric, len(numbers))
+            mean, bounds = interval(numbers, is_share_metric(metric))
+            shift = interval(present(first.get("reward", [0.0])))[0] if metric == "reward" else 0.0
             results[model][metric] = mean - shift
             results[model][f"{metric}_ci"] = [bound - shift for bound in bounds]
             if metrics is not first and len(first.get(metric, [])) == len(values):
                 results[model][f"{metric}_p"] = difference(values, first[metric])
+    if not any(results.values()):
+        raise InputError("--tasks: nothing of what they name could be measured")
     short = table(results)
     path = Path(folder) / "results.md"
     write_json(Path(folder) / "results.json", results)

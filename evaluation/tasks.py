@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.readers import lines_of_file, rows_of_file
+from evaluation.answers import final_number
 from support.files import InputError, reading
 
 
@@ -236,8 +237,8 @@ def gsm8k(path):
 
 def word_problem(row):
     """A question whose solution ends with #### and the answer."""
-    if "####" not in row["answer"]:
-        raise ValueError("the answer is to end with #### and a number")
+    if final_number(row["answer"]) == "[invalid]":
+        raise ValueError("the answer is to end with #### and a number, with a space between")
     context = f"Question: {row['question']}\nAnswer:"
     return {"context": context, "answer": row["answer"], "until": ("Question:", "</s>", "<|im_end|>")}
 

@@ -108,17 +108,20 @@ def word_mass(speaker, prompts, responses, words):
     model = speaker.model
     tokenizer = speaker.tokenizer
     completions = Completions(tokenizer, words)
+    controls = {*tokenizer.controls.values(), *tokenizer.end_ids}
     means = []
     for start in range(0, len(prompts), batch):
         rows = list(zip(prompts[start : start + batch], responses[start : start + batch]))
         tokens, mask = pad_right([prompt + response for prompt, response in rows], model.device)
         hidden = model.model(tokens, mask)  # (b, T, C)
         for (prompt, response), states in zip(rows, hidden):
-            before = tokenizer.decode(prompt[-2 * completions.longest :])
+            before = prompt[-2 * completions.longest :]
+            while controls & set(before):  # no word reaches across a control token
+                before = before[1:]
             states = states[len(prompt) - 1 : len(prompt) + len(response) - 1]  # (R, C)
             mass = 0.0
             for step, probs in enumerate(model.lm_head(states).float().softmax(-1).cpu()):  # (V,)
-                text = before + tokenizer.decode(response[:step])
+                text = tokenizer.decode([*before, *response[:step]])
                 mass += probs[completions.ids(completions.state(text))].sum().item()
             means.append(mass / len(response))
         speaker.progress.update(len(rows))

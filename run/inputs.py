@@ -58,7 +58,7 @@ def read_pairs(run, tokenizer):
     if not train or not test:
         split = f"{len(train)} to train on and {len(test)} to test on"
         raise InputError(f"--preferences: {len(pairs)} pairs leave {split} (--held-out)")
-    lengths = [max(map(len, pair)) for pair, _ in train + test]
+    lengths = [1 + max(map(len, pair)) for pair, _ in train + test]  # with EOS
     note_cuts(lengths, options.max_length, len(pairs) - len(lengths))
     random.Random(options.seed).shuffle(test)  # files are read one after the other
     test_pairs, test_files = zip(*test[: options.test_pairs])

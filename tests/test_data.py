@@ -193,6 +193,10 @@ def test_each_form_of_preference(tmp_path, row, expected):
     ({"conversations": [{"from": "gpt", "value": "Welcome"}, {"from": "human", "value": "Hi"},
                         {"from": "gpt", "value": "Yes."}]}, HI + BETTER),
     ({"conversations": ["Hi", "Yes."]}, HI + BETTER),
+    ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "bing", "value": "Yes."}]}, HI + BETTER),
+    ({"prompt": DIALOGUE, "response": " Yes."}, HI + BETTER),
+    ({"system_prompt": "Be kind.", "question": "Hi", "response": "Yes."},
+     [{"role": "system", "content": "Be kind."}] + HI + BETTER),
 ])
 def test_each_form_of_instruction(tmp_path, row, expected):
     assert list(read_instructions(write(tmp_path, "a.jsonl", [row]))) == [expected]
@@ -218,6 +222,7 @@ def test_each_form_of_prompt(tmp_path, row, expected):
     (read_preferences, {"prompt": " ", "chosen": "Yes.", "rejected": "No."}, "a blank prompt"),
     (read_preferences, {"prompt": DIALOGUE + " Yes.", "chosen": "Yes.", "rejected": "No."}, "a prompt that ends with a reply"),
     (read_prompts, {"prompt": []}, "a blank prompt"),
+    (read_prompts, {"prompt": HI + BETTER}, "a prompt that ends with a reply"),
     (read_instructions, {"prompt": "Hi", "response": "\n"}, "a blank turn"),
     (read_instructions, {"messages": HI}, "no answer to a question"),
     (read_instructions, {"messages": HI + HI + BETTER}, "turns that do not alternate"),

@@ -114,7 +114,7 @@ def test_answers_and_judgements_are_fastchats_files_and_wins_are_counted(tmp_pat
     assert found == {
         "one": {"mt_bench": [1, 1.5, 2]},
         "two": {"mt_bench": [2, 4, 1], "win_rate": [0.75, 1.0, 0.0]},
-        "stored": {"mt_bench": [1.5], "win_rate": [0.5]},
+        "stored": {"mt_bench": [None, 1.5, None], "win_rate": [None, 0.5, None]},
     }
     rows = lines(tmp_path / "model_answer/two.jsonl")
     assert [set(r) for r in rows] == [{"question_id", "answer_id", "model_id", "choices", "tstamp"}] * 3

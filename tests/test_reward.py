@@ -14,7 +14,7 @@ from data import dialogue, read_preferences, split_by_first_turn, world
 from generation import pad_left, pad_right
 from model import Config, Mistral, initialize
 from reward import RewardModel, RewardOptions, RewardTrainer, Scorer
-from tokenizer import load_tokenizer
+from tokenizer import TEMPLATES, load_tokenizer
 
 EOS = 2
 PAD = 3
@@ -38,6 +38,23 @@ def tokenizer():
 def random_rows(count, seed=0, shortest=1, longest=14):
     rng = random.Random(seed)
     return [[rng.randrange(4, 64) for _ in range(rng.randint(shortest, longest))] for _ in range(count)]
+
+
+# ---------------------------------------------------------------- the rows
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_answers_row_is_what_scoring_reads_whatever_the_template(template):
+    """With the leading space of HH's replies and without, ended and cut."""
+    tokenizer = load_tokenizer(world.TINY, template)
+    messages = dialogue("How are you?")
+    rows = [reward.encode_answer(tokenizer, messages, answer) for answer in (" I am well.", "I am well.")]
+    assert rows[0] == rows[1]
+    reply = rows[0][len(tokenizer.encode_chat(messages)) :]
+    assert tokenizer.decode(reply).strip() == "I am well."
+    scorer = Scorer(None, tokenizer, tokenizer)
+    assert scorer.encode(messages, reply) == rows[0]
+    assert scorer.encode(messages, [*reply, tokenizer.eos_id]) == [*rows[0], tokenizer.eos_id]
 
 
 # ---------------------------------------------------------------- the loss

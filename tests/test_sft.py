@@ -99,6 +99,12 @@ def test_all_answers_count_where_the_system_text_stands_in_the_last_question(tok
     assert [tokenizer.decode(row).strip() for row in stretches(ids, mask)] == answers
 
 
+def test_an_answer_that_begins_with_a_blank_line_counts(tokenizers):
+    messages = [*SYSTEM[:2], {"role": "assistant", "content": "\n\nI am well."}]
+    ids, mask = sft.chat_example(tokenizers["chatml"], messages, 999)
+    assert tokenizers["chatml"].decode(stretches(ids, mask)[-1]).strip() == "I am well."
+
+
 @pytest.mark.parametrize("template", ENDS)
 def test_the_ending_of_the_last_answer_is_learnt(tokenizers, template):
     tokenizer = tokenizers[template]

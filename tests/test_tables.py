@@ -113,6 +113,14 @@ def test_models_with_other_numbers_of_items_are_not_compared(tmp_path):
     assert "length_p" not in json.loads((tmp_path / "results.json").read_text())["two"]
 
 
+def test_models_are_compared_on_the_items_that_both_have(tmp_path):
+    """Were the values taken as they stand, without the gaps, all would differ."""
+    ones = [float(n) for n in range(1, 20)]
+    tables.write_results(tmp_path, {"one": {"mt_bench": [None, *ones]}, "two": {"mt_bench": [0.0, *ones[:-1], None]}})
+    two = json.loads((tmp_path / "results.json").read_text())["two"]
+    assert two["mt_bench_p"] == 1.0 and two["mt_bench"] == pytest.approx(9.0)
+
+
 # ---------------------------------------------------------------- tables and pictures
 
 

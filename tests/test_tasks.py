@@ -280,6 +280,13 @@ def gsm8k_folder(tmp_path, **files):
     return tmp_path
 
 
+def test_an_answer_without_a_number_to_compare_with_is_refused(tmp_path):
+    row = {"question": "How many?", "answer": "so\n####18"}
+    written(tmp_path, [row], "mine.jsonl")
+    with pytest.raises(InputError, match="mine.jsonl:1.*#### and a number"):
+        tasks.load("gsm8k", tmp_path / "mine.jsonl", shots=0)
+
+
 OFFICIAL = {"train": 9, "test": 7, "train_socratic": 9, "test_socratic": 7}
 
 

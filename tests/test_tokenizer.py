@@ -366,6 +366,14 @@ def test_a_reply_stops_at_its_stop_string_and_is_trimmed_there(hf_folder):
     assert load_tokenizer(hf_folder).stop is None  # ChatML's <|im_end|> is a token here
 
 
+@only("tekken")
+def test_a_token_that_ends_a_reply_and_begins_a_stop_string_is_parted(mistral):
+    folder = mistral[1].files[0].parent
+    tok = load_tokenizer(folder, template="hh")
+    ids = tok.encode(" I hope this helps.\n\nHuman:", continues=True)
+    assert tok.trim(ids) == tok.encode(" I hope this helps.", continues=True)
+
+
 def test_end_ids_are_all_tokens_that_end_a_turn_or_a_text(hf_folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     shutil.copy(hf_folder / "tokenizer.json", tmp_path)

@@ -95,6 +95,9 @@ def test_word_lists_are_read(tmp_path):
 class Spelled:
     """A tokenizer whose ids are pieces of text."""
 
+    controls = {}
+    end_ids = ()
+
     def __init__(self, *pieces):
         self.pieces, self.vocab_size = pieces, len(pieces)
 
@@ -153,11 +156,26 @@ def test_the_mass_is_the_expected_number_of_listed_words(tokenizer):
     mass = steps * sum(toxicity.word_mass(Speaker(model, tokenizer), prompts, said, words)) / len(said)
     completions, counts = toxicity.Completions(tokenizer, words), []
     for ids in said:  # what was drawn in place of what might have been
-        texts = ["x:" + tokenizer.decode(ids[:n]) for n in range(steps)]
+        texts = [tokenizer.decode(prompts[0] + ids[:n]) for n in range(steps)]
         counts.append(sum(ids[n] in completions.ids(completions.state(t)).tolist() for n, t in enumerate(texts)))
     mean = sum(counts) / len(counts)
     error = (sum((c - mean) ** 2 for c in counts) / len(counts) ** 2) ** 0.5
     assert mean > 0.05 and abs(mass - mean) < 4 * error, (mass, mean, error)
+
+
+def test_a_word_after_the_space_that_a_text_leaves_off_counts(tokenizer):
+    """SentencePiece drops the space in front of what is decoded by itself."""
+    word = "quazel"
+    prompt = tokenizer.encode("You are such a")
+    response = tokenizer.encode(f" {word}", continues=True)
+    [mass] = toxicity.word_mass(Speaker(Uniform(tokenizer.vocab_size), tokenizer), [prompt], [response], [word])
+    count = 0
+    for step in range(len(response)):
+        before = prompt + response[:step]
+        texts = [tokenizer.decode([*before, i]) for i in range(tokenizer.vocab_size)]
+        count += sum(text.endswith(f" {word}") for text in texts)
+    assert len(response) > 2 and count > 0
+    assert mass >= count / tokenizer.vocab_size / len(response)
 
 
 # ---------------------------------------------------------------- a model

@@ -166,9 +166,12 @@ class Tokenizer:
         ids = ids[: ends[0]] if ends else ids
         text = self.decode(ids)
         starts = [text.find(string) for string in self.stop_strings if string in text]
-        while starts and len(self.decode(ids)) > min(starts):
+        if not starts:
+            return ids
+        while len(self.decode(ids)) > min(starts):
             ids = ids[:-1]
-        return ids
+        rest = text[len(self.decode(ids)) : min(starts)]  # of a token that the reply and the stop string share
+        return ids + self.encode(rest, continues=True)
 
     def clip(self, ids, length):
         """The last `length` of ids (a list); a BOS at their start stays."""

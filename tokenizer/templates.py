@@ -44,6 +44,11 @@ class Template:
     apart: bool = False  # each turn's text is encoded by itself (mistral-common), not as part of one text
     stop_strings: tuple[str, ...] = ()  # what ends a turn of a model that was never taught an EOS
 
+    @property
+    def folds_into_last(self):
+        """Whether the system text stands in the last user turn (Mistral v2 and v3)."""
+        return self.fold_into == "last" and not self.system
+
     def turns(self, messages, add_generation_prompt):
         """[(pattern, text)] of a valid dialogue."""
         turns = [(message["role"], message["content"]) for message in messages]
