@@ -117,7 +117,7 @@ def combine(arguments, stage):
     is_named = arguments.get("stage") == "eval" and "models" in arguments
     preset = PRESETS[arguments.get("preset", "" if is_named else "tiny")]
     options = preset["common"] | preset.get(stage, {})
-    if (options | arguments).get("lora_rank"):
+    if stage != "pretrain" and (options | arguments).get("lora_rank"):
         options |= preset["adapters"]
     acting = ("system_prompt", "eos", "temperature")
     asking = ("eval", "chat")
@@ -302,7 +302,8 @@ def run_stage(arguments, stage, lock):
             command = f"python c2f.py --stage {earlier} --preset {options.preset} --out {run.folder} ..."
             raise InputError(f"--stage {stage}: {run.folder / earlier} is missing; {command} makes it")
         print(f"{stage} needs {run.folder / earlier}, which is missing: running --stage {earlier} first")
-        run_stage({name: value for name, value in arguments.items() if name != "steps"}, earlier, lock)
+        meant = {name: value for name, value in arguments.items() if name not in ("steps", "overwrite")}
+        run_stage(meant, earlier, lock)
     require_inputs(options, stage)
     processes.set_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -326,9 +326,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_p=1.0, eos_id=
     """Continues each prompt by up to `max_new_tokens` tokens.
 
     prompts: id lists of any lengths, none empty. temperature 0 is greedy. A row ends with `eos_id` (an id,
-    several, or None to run to the limit), or where `stop(ids)` is first true of its new ids. `forbid`: ids
-    never sampled. seed: makes it repeatable; None draws from torch's global state. Returns the new ids of
-    each row, the ending one included."""
+    several, or None to run to the limit), or where `stop(ids)` is first true of its new ids; it is asked every
+    eight tokens, so it has to stay true. `forbid`: ids never sampled. seed: makes it repeatable; None draws from
+    torch's global state. Returns the new ids of each row, the ending one included."""
     sampling = Sampling(temperature, top_p, eos_id, forbid, stop)
     return sample_responses(model, prompts, max_new_tokens, sampling, seed)[0]
 

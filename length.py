@@ -39,7 +39,9 @@ class LimitOptions:
     limit_threshold: float = option(
         0.5, "p_extend above which it extends the limit", least=0, needs=("limit_growth", "cm")
     )
-    limit_weights: list = option(WEIGHTS, "its weights for " + ", ".join(FEATURES), needs=("limit_growth", "cm"))
+    limit_weights: list = option(
+        WEIGHTS, "its weights (--limit-weights=-1,-3,...) for " + ", ".join(FEATURES), needs=("limit_growth", "cm")
+    )
     limit_bias: float = option(BIAS, "its bias", needs=("limit_growth", "cm"))
     limit_step: int = option(16, "tokens that stepped growth adds", least=0, needs=("limit_growth", "stepped"))
     limit_every: int = option(

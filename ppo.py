@@ -322,6 +322,7 @@ class PPOTrainer(Trainer):
         self.beta = KLController(options.kl_coefficient, options.kl_target)
         self.score_mean = 0.0
         self.score_scale = None  # `begin` measures both
+        self.updates_a_step = 2 * options.epochs * options.minibatches  # actor and critic
         updates = options.steps * options.epochs * options.minibatches
         max_norm = options.max_grad_norm
         self.actor_optimizer = Optimizer(self.actor, options.lr, updates, max_norm, eps=1e-5)
@@ -346,7 +347,7 @@ class PPOTrainer(Trainer):
         self.score_mean = total(scores.sum().item()) / count
         variance = total(((scores - self.score_mean) ** 2).sum().item()) / max(1, count - 1)
         # A score that does not vary here (a rule that nothing meets yet) has no unit of its own.
-        varies = variance**0.5 > 1e-6 * max(1.0, abs(self.score_mean))
+        varies = variance**0.5 > 1e-6 * abs(self.score_mean)
         self.score_scale = variance**0.5 if varies else 1.0
 
     def sample(self):
@@ -393,7 +394,7 @@ class PPOTrainer(Trainer):
         metrics = self.update(batch)
         # 6  the next beta; the next limit l(t) = f_CM(R_t, V_phi): the mean score, the critic's loss
         self.beta.update(mean(kl.sum(1)))
-        if metrics["skipped_updates"] < 2 * self.options.epochs * self.options.minibatches:
+        if metrics["skipped_updates"] < self.updates_a_step:
             self.limiter.update(mean(scores), metrics["value_loss"])
         _, outcomes = compute_gae(rewards, batch.values, mask, options.discount, 1.0)  # free of the critic
         metrics |= describe_step(batch, outcomes, scores, shaped, kl, entropy)

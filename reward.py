@@ -216,7 +216,7 @@ class Scorer:
     """score(dialogues, responses) -> raw scores (B,) of a reward model; dialogues are message lists.
 
     A response is an id list of `policy_tokenizer`, and is read as it was sampled, or a text, which has ended.
-    A reward model with another tokenizer gets the text. Nothing is cut. A turn that ended in another way than
+    A reward model with another tokenizer or template gets the text. Nothing is cut. A turn that ended in another way than
     by EOS (a stop string, a second end token) has ended: the reward model knows an ending as EOS."""
 
     def __init__(self, model, tokenizer, policy_tokenizer=None, ends=True):
@@ -224,8 +224,7 @@ class Scorer:
         self.tokenizer = tokenizer
         self.policy_tokenizer = policy_tokenizer
         self.ends = ends  # whether a stop string ends a response
-        files = [t.files[0].read_bytes() for t in (tokenizer, policy_tokenizer) if t]
-        self.is_shared = len(files) == 2 and files[0] == files[1]
+        self.is_shared = policy_tokenizer is not None and tokenizer.is_like(policy_tokenizer)
 
     def __call__(self, dialogues, responses):
         return self.model.score_rows(list(map(self.encode, dialogues, responses)))
@@ -241,7 +240,8 @@ class Scorer:
             ids = response[:-1]
         has_ended = len(ids) < len(response)
         if self.is_shared:
-            ids = self.tokenizer.encode_chat(messages) + ids
+            known = [i for i in ids if i < self.tokenizer.vocab_size]  # an embedding may have more rows
+            ids = self.tokenizer.encode_chat(messages) + known
         else:
             ids = encode_answer(self.tokenizer, messages, self.policy_tokenizer.decode(ids))
         return ids + eos * has_ended

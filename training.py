@@ -2,6 +2,7 @@
 with its schedule, and the base of the trainers."""
 
 import math
+import weakref
 import zlib
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -125,7 +126,8 @@ class Optimizer:
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.parameters]
         for parameter, master in zip(self.parameters, self.masters):
             if master is not parameter:
-                parameter.register_post_accumulate_grad_hook(partial(add_gradient, master))
+                hook = parameter.register_post_accumulate_grad_hook(partial(add_gradient, master))
+                weakref.finalize(self, hook.remove)  # another optimizer may follow on the same model
         groups = {}  # fused AdamW cannot mix DTensors and plain tensors in a group
         for master in self.masters:
             groups.setdefault((master.dim() > 1, processes.is_part(master)), []).append(master)
@@ -200,6 +202,7 @@ class Trainer(Stateful):
     the same, and takes its share of what was drawn."""
 
     CHANGES = ("order", "generator")
+    updates_a_step = 1
 
     def __init__(self, data, seed):
         self.data = data

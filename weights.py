@@ -223,7 +223,13 @@ class Weights:
         self._open = {}
         for file in self._files():
             for name in self._file(file).keys():
-                self.names[_hf_name(name)] = (file, name)
+                if not self._is_redundant(_hf_name(name)):
+                    self.names[_hf_name(name)] = (file, name)
+
+    def _is_redundant(self, name):
+        """Whether a tensor says nothing: RoPE's frequencies, which older files have, and the copy of a tied head."""
+        is_tied = self.config.get("tie_word_embeddings", False)
+        return name.endswith("rotary_emb.inv_freq") or is_tied and name == "lm_head.weight"
 
     def _files(self):
         index = self.folder / "model.safetensors.index.json"

@@ -49,6 +49,11 @@ class Material:
     max_new_tokens: int = 256
     seed: int = 0
 
+    @property
+    def items(self):
+        """All that a model is asked, and the words that are looked for."""
+        return [self.questions, self.exam, self.tasks, self.dialogues, self.prompts, self.words]
+
     def count(self, is_scored):
         """How much there is to do with one model: answers, their scores, continuations, choices."""
         answers = len(self.questions) + sum(len(question["turns"]) for question in self.dialogues)

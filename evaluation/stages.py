@@ -1,14 +1,12 @@
 """The stages `eval` and `report`; what `fine` measures of each merge, and what plus and coarse keep of their
 samples."""
 
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
 from data import dialogue_text, read_prompts, world
 from evaluation import Material, evaluate, load_tasks, public_tasks
@@ -24,8 +22,9 @@ from run.inputs import hold_out
 from run.monitors import MONITORS
 from run.user import UserFunction
 from support.figures import mean
-from support.files import InputError, check_fields, read_json, reading, write_json, write_lines
+from support.files import MARK, InputError, check_fields, read_json, reading, write_json, write_lines
 from support.options import option, split_pairs
+from support.progress import say
 from weights import locate
 
 SWEEP = ("accuracy", "reward", "ended_rate", "redundancy", "length")  # what is measured of each merge
@@ -71,7 +70,7 @@ def log_samples(run, tokenizer, samples, second_score):
     if step % 10 == 1:
         sample = samples[0]
         text = f"{dialogue_text(sample.dialogue)[-60:].strip()} -> {texts[0][:160]}"
-        tqdm.write(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}", file=sys.stdout)
+        say(f"  [score {sample.score:+.2f}, KL {sample.kl:.1f}] {text}")
     return metrics
 
 
@@ -102,7 +101,7 @@ def sweep_evaluator(run, folder):
             values, _ = evaluate(Speaker(model, tokenizer), material, score, f"gamma {gamma}")
             return {name: fmean(values[name]) for name in SWEEP if name in values}
 
-        return run.once(f"gamma-{gamma}", fill_and_evaluate)
+        return run.once(f"gamma-{gamma}", fill_and_evaluate, material.items)
 
     return evaluate_once
 
@@ -134,7 +133,7 @@ def evaluate_models(run):
     for number, (name, path) in enumerate(models.items()):
         if name in tokenizers:
             evaluate_one = partial(evaluate_folder, run, path, tokenizers[name], material, f"eval {name}")
-            values[name], records[name] = run.once(f"model-{number}", evaluate_one, path)
+            values[name], records[name] = run.once(f"model-{number}", evaluate_one, material.items, path)
         else:
             values[name], records[name] = evaluate_stored(path, material, run.scorer(), f"eval {name}")
     if material.dialogues:
@@ -212,8 +211,8 @@ def gather_material(options):
 
 def report(run):
     """report.png from what the run has so far, and a line of each PPO stage. The run may be under way."""
-    if not run.folder.is_dir():
-        raise InputError(f"--out: {run.folder} is not there; a report is of a run")
+    if not (run.folder / MARK).exists():
+        raise InputError(f"--out: {run.folder} is no run's folder; a report is of a run")
     results = read_figures(run.folder / "results.json")
     sweep = read_figures(run.folder / "sweep.json", float)
     metrics = run.metrics()

@@ -36,7 +36,8 @@ def stop_signals():
 
     def note(number, frame):
         signals.append(number)
-        os.write(1, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
+        with contextlib.suppress(OSError):  # a pipe's other end may be gone
+            os.write(1, b"\nstopping after this step; once more stops at once\n")  # print may be at work already
         for each, handler in before.items():
             signal.signal(each, default[each] if handler == signal.SIG_IGN else handler)
 

@@ -6,11 +6,10 @@ import functools
 import json
 import platform
 import signal
-import sys
+import zlib
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from data import data_files
 from reward import RewardModel, Scorer
@@ -21,8 +20,8 @@ from support import processes, system
 from support.files import (
     MARK, InputError, make_folder, read_json, reading, refuse_foreign, remove, sync, write_json, write_lines,
 )  # fmt: skip
-from support.options import flag, option
-from support.progress import Progress
+from support.options import flag, option, readers
+from support.progress import Progress, say
 from tokenizer import TEMPLATES, companions, load_tokenizer
 from training import ADAPTED, TRAINED
 from weights import fingerprint, is_model, locate, read_config
@@ -162,12 +161,17 @@ def resume_options(options, arguments, stage):
     now = as_json(options)
     if before.keys() != now.keys():
         raise InputError(f"{path}: made by another version of c2f.py; --overwrite starts the stage anew")
+    unread = []
+    for name in before:
+        stages = readers(type(options), name)
+        if stages and stage not in stages:
+            unread.append(name)
     for name in CODE:
-        if before[name] and name not in arguments:
+        if before[name] and name not in (*arguments, *unread):
             former = f"{flag(name)}: {before[name]!r} in the interrupted run"
             raise InputError(f"{former}; name it again to resume with it")
     for name in arguments:
-        if name in FREE or now[name] == before[name]:
+        if name in (*FREE, *unread) or now[name] == before[name]:
             continue
         change = f"{flag(name)}: {before[name]!r} in the interrupted run, {now[name]!r} now"
         if name == "steps" and now[name] > before[name]:
@@ -275,23 +279,27 @@ class Run:
         if self.options.overwrite:
             return
         ways = "--overwrite does the stage again, --resume {}, another --out leaves it alone"
-        is_again = self.stage == "eval" and self.options.resume and not self.options.models
+        is_interrupted = self.checkpoints.is_dir()
+        is_again = self.stage == "eval" and self.options.resume and (is_interrupted or not self.options.models)
         if is_finished(self.folder, self.stage) and not is_again:
             raise InputError(f"--out: {self.target} has work in it; {ways.format('keeps it')}")
-        if self.checkpoints.is_dir() and not self.options.resume:
+        if is_interrupted and not self.options.resume:
             interrupted = f"{self.checkpoints} has an interrupted run"
             raise InputError(f"--out: {interrupted}; {ways.format('goes on with it')}")
 
     @functools.cached_property
     def models(self):
-        """{folder: fingerprint} of the models that the stage reads."""
-        paths = [self.options.model, self.options.reward_model, self.options.sft_model]
-        stages = list(NEEDS.get(self.stage, ()))
-        if not self.options.reward_model:
-            stages.append("reward")  # it scores in fine and eval too
-        paths += [target(self.folder, stage) for stage in stages]
-        folders = [locate(path) for path in paths if path and (is_model(path) or path == self.options.model)]
-        return {str(folder): fingerprint(folder) for folder in folders}
+        """{role: fingerprint} of the models that the stage reads."""
+        options = self.options
+        given = {"model": options.model, "reward": options.reward_model, "sft": options.sft_model}
+        roles = {"model", *NEEDS.get(self.stage, ())}
+        if self.stage in ("fine", "eval"):
+            roles.add("reward")  # it scores there too
+        if options.score:
+            roles.discard("reward")
+        paths = {role: given.get(role) or target(self.folder, role) for role in sorted(roles)}
+        is_there = {role: is_model(path) or path == given.get(role) for role, path in paths.items()}
+        return {role: fingerprint(locate(path)) for role, path in paths.items() if is_there[role]}
 
     def compare_models(self):
         if self.state["models"] != self.models:
@@ -310,9 +318,11 @@ class Run:
         make_folder(self.folder)
         if not self.options.resume:
             remove(self.checkpoints)
-            if has_output(self.folder, self.stage):
+            if self.stage in TRAINED and has_output(self.folder, self.stage):
                 make_folder(self.checkpoints)
                 (self.checkpoints / AGAIN).touch()
+        if self.stage == "fine":
+            (self.folder / "sweep.json").unlink(missing_ok=True)  # of other parents
         for name in LOGS:
             self.cut_log(name, self.state["lines"][name] if self.state else 0)
         path = self.folder / "config.json"
@@ -373,7 +383,7 @@ class Run:
                 self.log("metrics.jsonl", {"step": self.done, **metrics})
                 figures = [f"{label} {metrics[name]:.3g}" for name, label in labels.items()]
                 progress.update(1, " ".join(figures))
-                failures = failures + 1 if metrics["skipped_updates"] else 0
+                failures = failures + 1 if metrics["skipped_updates"] == trainer.updates_a_step else 0
                 if failures == self.done == steps:
                     raise Failed(f"{self.stage}: no step had finite gradients, so nothing was learnt; {ADVICE}")
                 is_stopped = processes.total(len(signals)) > 0
@@ -402,7 +412,7 @@ class Run:
             metrics.setdefault("warnings", []).append(name)
             if name not in monitors.warnings:
                 monitors.warnings.add(name)
-                tqdm.write(f"  warning ({name}): {text}", file=sys.stdout)
+                say(f"  warning ({name}): {text}")
 
     def end(self, signals, is_stopped, failures):
         saved = f"{self.checkpoints} has all of it, the same command with --resume goes on"
@@ -432,13 +442,13 @@ class Run:
             sync(path)
         return sum(row["stage"] == self.stage for _, row in parse_log(path))
 
-    def once(self, name, make, *folders):
+    def once(self, name, make, data, *folders):
         """`make()`, some JSON. A stage that goes on where it was interrupted takes what was made then, if it
-        was made with the same options, models and `folders`."""
+        was made with the same options, models, `data` and `folders`."""
         path = self.checkpoints / f"{name}.json"
         options = {key: v for key, v in as_json(self.options).items() if key not in (*FREE, *ROUNDING)}
         models = self.models | {str(folder): fingerprint(locate(folder)) for folder in folders}
-        inputs = {"options": options, "models": models}
+        inputs = {"options": options, "models": models, "data": zlib.crc32(repr(data).encode())}
         if self.options.resume and path.exists():
             content = read_json(path)
             if content.get("inputs") == inputs:

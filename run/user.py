@@ -22,6 +22,8 @@ def import_function(name):
     `file.py:function`."""
     module, _, function = name.rpartition(":")
     if module.endswith(".py"):
+        if not os.path.isfile(module):
+            raise FileNotFoundError(f"{module} is no file")
         spec = importlib.util.spec_from_file_location(f"user_{Path(module).stem}", module)
         loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(loaded)
@@ -79,10 +81,11 @@ class UserFunction:
         """The same as a judge may return it: texts, or finite numbers."""
         values = self(items)
         with guard(f"{self.label} is to return texts or numbers"):
-            for value in values:
-                if not isinstance(value, str) and not math.isfinite(value):
-                    raise ValueError(f"{value} is neither")
-        return values
+            ratings = [value if isinstance(value, str) else float(value) for value in values]
+            for rating in ratings:
+                if not isinstance(rating, str) and not math.isfinite(rating):
+                    raise ValueError(f"{rating} is neither")
+        return ratings
 
 
 class Dialogue(str):

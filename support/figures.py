@@ -1,4 +1,5 @@
-"""The figures of a step: means over the rows and tokens of all processes, and time and memory."""
+"""The figures of a step: means over the rows and tokens of all processes; of the first process alone `ratio_first`,
+`sampling_gap`, time and memory."""
 
 import math
 from statistics import fmean

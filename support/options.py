@@ -93,25 +93,30 @@ def check(options):
             owner.check(options)
 
 
+def readers(cls, name):
+    """The stages that read an option of a class of options; () for all of them."""
+    for owner in cls.__mro__:
+        if name in inspect.get_annotations(owner):
+            return cls.__dataclass_fields__[name].metadata.get("read_by", owner.READ_BY)
+
+
 def idle_options(arguments, by_stage):
     """Lines that name the options of the user's that change nothing. arguments: {name: value}; by_stage:
     {stage: its options} of the stages that are to run."""
     cls = type(next(iter(by_stage.values())))
     unread = []
     lines = []
-    for owner in cls.__mro__:
-        for name in inspect.get_annotations(owner):
-            if name not in arguments:
-                continue
-            metadata = cls.__dataclass_fields__[name].metadata
-            stages = metadata.get("read_by", owner.READ_BY)
-            readers = [options for stage, options in by_stage.items() if not stages or stage in stages]
-            need = metadata.get("needs")
-            if not readers:
-                unread.append(f"{flag(name)} ({', '.join(stages)})")
-            elif need and not any(meets(options, need) for options in readers):
-                condition = flag(need) if isinstance(need, str) else f"{flag(need[0])} {need[1]}"
-                lines.append(f"{flag(name)} has no effect without {condition}")
+    for name, field in cls.__dataclass_fields__.items():
+        if name not in arguments:
+            continue
+        stages = readers(cls, name)
+        reading = [options for stage, options in by_stage.items() if not stages or stage in stages]
+        need = field.metadata.get("needs")
+        if not reading:
+            unread.append(f"{flag(name)} ({', '.join(stages)})")
+        elif need and not any(meets(options, need) for options in reading):
+            condition = flag(need) if isinstance(need, str) else f"{flag(need[0])} {need[1]}"
+            lines.append(f"{flag(name)} has no effect without {condition}")
     if unread:
         lines.append(f"no effect in {', '.join(by_stage)}, but in other stages: {', '.join(unread)}")
     return lines

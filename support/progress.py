@@ -1,9 +1,17 @@
 """Progress of long work: a bar on a terminal, elsewhere (a file, a pipe) a plain line every two seconds."""
 
+import contextlib
 import sys
 import time
 
 from tqdm import tqdm
+
+
+def say(text):
+    """Prints a line above the bar. Ctrl-C also ends what a pipe leads to; work must not be lost for a line."""
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
 class Progress:
@@ -31,7 +39,8 @@ class Progress:
         if self.total and self.bar.disable and (now >= self.due or count and self.done == self.total):
             self.due = now + 2.0
             elapsed = tqdm.format_interval(now - self.start)
-            print(f"{self.label}: {self.done}/{self.total} [{elapsed}] {text}".rstrip(), flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(f"{self.label}: {self.done}/{self.total} [{elapsed}] {text}".rstrip(), flush=True)
 
     def __enter__(self):
         return self

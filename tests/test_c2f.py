@@ -246,6 +246,10 @@ def test_help_lists_every_option():
         assert "--" + name.replace("_", "-") in result.out
 
 
+def test_adapters_change_nothing_of_pretraining():
+    assert c2f.combine({"lora_rank": 8}, "pretrain").train_lr == c2f.combine({}, "pretrain").train_lr
+
+
 def test_how_eval_is_to_ask_changes_no_training_before_it():
     arguments = {"stage": "eval", "temperature": 0.0, "eos": False, "system_prompt": "Be brief."}
     asked = c2f.combine(arguments, "eval")

@@ -9,7 +9,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_lora import adapters_of, twin_of
 from test_model import opened, peer
 from test_weights import (
@@ -299,6 +299,18 @@ def test_the_instruction_models_template_is_not_replaced_by_the_coarse_actors(tm
     merge_checkpoints(coarse, sft, tmp_path / "fine", 0.7)
     assert (tmp_path / "fine/tokenizer_config.json").read_bytes() == b'{"chat_template": "its own"}'
     assert not (tmp_path / "fine/chat_template.jinja").exists()
+
+
+def test_tensors_that_say_nothing_do_not_part_the_parents(tmp_path):
+    """Older files hold RoPE's frequencies, and some a copy of a head that is tied."""
+    coarse, sft = parents(tmp_path, tie_word_embeddings=True)
+    path = sft / "model.safetensors"
+    tensors = load_file(path)
+    more = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    more["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | more, path, {"format": "pt"})
+    merge_checkpoints(coarse, sft, tmp_path / "fine", 0.7)
+    assert tensors_of(tmp_path / "fine").keys() == tensors.keys()
 
 
 def test_out_may_be_a_parent(tmp_path):

@@ -715,6 +715,12 @@ def test_17_scores_are_centred_on_the_references_responses():
     close(samples[0].score, (raw[-1][0] - reference.mean()) / reference.std(), 1e-4)
 
 
+@pytest.mark.parametrize("unit", [1e-9, 1e6])
+def test_17_the_unit_of_the_score_does_not_matter(unit):
+    rewards = [make(score=lambda *a: scale * share_of_7(*a)).step()[0]["reward"] for scale in (1.0, unit)]
+    close(*rewards, 1e-4)
+
+
 def test_17_a_score_that_never_differs_does_no_harm():
     metrics, _ = make(score=lambda dialogues, responses: torch.full((len(responses),), 3.0)).step()
     assert metrics["reward"] == 0.0

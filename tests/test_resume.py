@@ -124,6 +124,17 @@ def test_a_stage_that_was_killed_before_its_first_checkpoint_says_that_it_starts
     assert_same(tmp_path, whole("sft"), "sft")
 
 
+def test_models_that_it_does_not_read_may_come_and_go_and_the_folder_may_move(
+    reward_model, whole, run_stage, interrupt, tmp_path
+):
+    interrupt("sft", tmp_path / "one", 6)
+    shutil.copytree(reward_model, tmp_path / "one/reward")
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    assert run_stage("sft", tmp_path / "two", "--resume").code == 0
+    shutil.rmtree(tmp_path / "two/reward")
+    assert_same(tmp_path / "two", whole("sft"), "sft")
+
+
 # ---------------------------------------------------------------- options of a run that is resumed
 
 
@@ -434,6 +445,18 @@ def test_what_fine_has_measured_of_other_models_is_measured_again(actors, run_st
     assert run_stage("fine", actors, "--resume").code == 0 and counter.count == 3
 
 
+def test_what_fine_has_measured_of_other_questions_is_measured_again(actors, run_stage, monkeypatch):
+    shutil.rmtree(actors / "fine")
+    counter = Counter("fill", monkeypatch)
+    counter.start(stop_at=2)
+    with pytest.raises(Interrupted):
+        run_stage("fine", actors)
+    load = evaluation.stages.world.load
+    monkeypatch.setattr(evaluation.stages.world, "load", lambda name: load(name)[1:])
+    counter.start(stop_at=0)
+    assert run_stage("fine", actors, "--resume").code == 0 and counter.count == 3
+
+
 # ---------------------------------------------------------------- gradients that are not finite
 
 
@@ -485,6 +508,21 @@ def test_after_several_of_them_in_a_row_it_stops_with_its_state_saved(run_stage,
         assert all(parameter.isfinite().all() for parameter in state["trainer"][optimizer]["parameters"])
     assert run_stage("coarse", tmp_path, *more, "--resume").code == 0
     assert rows(tmp_path)[-1]["step"] == 6
+
+
+def test_steps_that_learnt_with_some_of_their_updates_do_not_end_the_run(run_stage, tmp_path, monkeypatch):
+    """The first of eight updates is left out in every step."""
+    clip = processes.clip_gradients
+    calls = []
+
+    def spoil(parameters, max_norm):
+        calls.append(len(parameters))
+        norm = clip(parameters, max_norm)
+        return float("nan") if len(calls) % 8 == 1 else norm
+
+    monkeypatch.setattr(processes, "clip_gradients", spoil)
+    assert run_stage("plus", tmp_path, "--max-skipped", "2").code == 0
+    assert [row["skipped_updates"] for row in rows(tmp_path)] == [1] * 6
 
 
 def test_a_stage_that_learnt_nothing_is_not_finished_by_resuming_it(run_stage, tmp_path, monkeypatch):

@@ -57,6 +57,27 @@ def test_an_answers_row_is_what_scoring_reads_whatever_the_template(template):
     assert scorer.encode(messages, [*reply, tokenizer.eos_id]) == [*rows[0], tokenizer.eos_id]
 
 
+def test_ids_that_mean_something_else_to_the_reward_model_go_through_text(tmp_path):
+    """The policy has tokens that the reward model's tokenizer lacks, or another template."""
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((world.TINY / file).read_bytes())
+    judge = load_tokenizer(world.TINY)
+    extra = {"<|im_start|>": judge.vocab_size, "<|im_end|>": judge.vocab_size + 1}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(extra))
+    messages = dialogue("How are you?")
+    expected = [*reward.encode_answer(judge, messages, "I am well."), judge.eos_id]
+    for policy in (load_tokenizer(tmp_path, "hh"), load_tokenizer(world.TINY, "chatml")):
+        reply = [*policy.encode("I am well.", continues=True), policy.eos_id]
+        assert Scorer(None, judge, policy).encode(messages, reply) == expected
+
+
+def test_ids_of_a_padded_embedding_are_not_read(tokenizer):
+    messages = dialogue("How are you?")
+    reply = tokenizer.encode("I am well.", continues=True)
+    rows = [Scorer(None, tokenizer, tokenizer).encode(messages, ids) for ids in (reply, [*reply, tokenizer.vocab_size])]
+    assert rows[0] == rows[1]
+
+
 # ---------------------------------------------------------------- the loss
 
 

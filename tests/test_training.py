@@ -2,6 +2,7 @@
 data, activation checkpointing; and the decoding steps that a GPU records."""
 
 import copy
+import gc
 import math
 from types import SimpleNamespace
 
@@ -207,6 +208,17 @@ def test_the_optimizer_goes_on_bit_for_bit_from_its_state(dtype):
     train(other, resumed, 7, seed=2)
     assert all(torch.equal(p, q) for p, q in zip(other, model))
     assert_states_equal(resumed.state_dict(), optimizer.state_dict())
+
+
+def test_another_optimizer_may_follow_on_the_same_model():
+    """The first one's copies of bf16 weights go with it."""
+    model = parameter_list(torch.bfloat16)
+    train(model, Optimizer(model, lr=1e-2, steps=10), 2)
+    gc.collect()
+    other = copy.deepcopy(model)
+    for each in (model, other):
+        train(each, Optimizer(each, lr=1e-2, steps=10), 2, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(other, model))
 
 
 def test_the_state_of_another_model_is_refused():

@@ -136,6 +136,11 @@ class Tokenizer:
         self._markers["{bos}"] = [] if bos is None else [bos]
         self._control_ids = {*self.controls.values(), *self.end_ids}
 
+    def is_like(self, other):
+        """Whether another tokenizer gives the same ids to every dialogue."""
+        same_file = self.files[0].read_bytes() == other.files[0].read_bytes()
+        return same_file and self.backend.ids == other.backend.ids and self.template == other.template
+
     def encode(self, text, bos=False, continues=False):
         """Ids of `text`. Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
 
