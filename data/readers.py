@@ -253,14 +253,13 @@ def instruction(row: dict) -> list[dict]:
 
 def conversation(row: dict, forms: str) -> list[dict]:
     """The messages of an instruction row; they end with the question where it has no answer."""
-    system = text_of(row.get("system") or row.get("system_prompt") or "", "system")  # Alpaca; OpenOrca
-    messages = [{"role": "system", "content": system}] if system.strip() else []
     for field in ("messages", "conversations"):
         if field in row:
-            return messages + turns_of(list_of(row[field], field), field)
+            return with_system(row, turns_of(list_of(row[field], field), field))
     question = next((field for field in QUESTIONS if field in row), None)
     if question is None:
         raise mistake(forms, list(row), OtherRow)
+    messages = []
     for exchange in list_of(row.get("history") or [], "history"):  # [[question, answer], ...]
         messages += turns_of(list_of(exchange, "history"), "history")
     if question == "prompt":
@@ -277,7 +276,16 @@ def conversation(row: dict, forms: str) -> list[dict]:
         if question == "prompt":  # it may be HH's, whose replies begin with a space
             reply = reply.removeprefix(" ")
         messages.append({"role": "assistant", "content": reply})
-    return messages
+    return with_system(row, messages)
+
+
+def with_system(row: dict, messages: list[dict]) -> list[dict]:
+    """The messages behind the text in `system` (Alpaca) or `system_prompt` (OpenOrca), if they bring none."""
+    system = row.get("system") or row.get("system_prompt")
+    is_text = isinstance(system, str) and system.strip()
+    if not is_text or not messages or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": text_of(system, "system")}, *messages]
 
 
 def turns_of(value, field: str) -> list[dict]:

@@ -195,6 +195,8 @@ def test_each_form_of_preference(tmp_path, row, expected):
     ({"conversations": ["Hi", "Yes."]}, HI + BETTER),
     ({"conversations": [{"from": "human", "value": "Hi"}, {"from": "bing", "value": "Yes."}]}, HI + BETTER),
     ({"prompt": DIALOGUE, "response": " Yes."}, HI + BETTER),
+    ({"system": "Be odd.", "messages": [{"role": "system", "content": "Be kind."}] + HI + BETTER},
+     [{"role": "system", "content": "Be kind."}] + HI + BETTER),
     ({"system_prompt": "Be kind.", "question": "Hi", "response": "Yes."},
      [{"role": "system", "content": "Be kind."}] + HI + BETTER),
 ])
