@@ -25,8 +25,7 @@ def visible(query_columns, key_columns, key_mask, window):
     the padded row; key_mask (B, S), or None, says which of the keys are real tokens. A query always sees
     itself, so that the softmax of a padding row is finite; nothing real ever looks at it.
 
-    window 3, columns 0..4: column 4 sees 2 3 4, column 1 sees 0 1.
-    """
+    window 3, columns 0..4: column 4 sees 2 3 4, column 1 sees 0 1."""
     distance = query_columns[:, None] - key_columns[None, :]  # (T, S)
     seen_by = distance >= 0
     if window is not None:
@@ -212,8 +211,7 @@ def keep_top(probs, top_p):
 
 class Decoder:
     """Takes the rows of a cache one token further. On a GPU the step, hundreds of small kernels, is recorded
-    as a CUDA graph for each number of rows, and replayed. Its cache has room for a multiple of
-    `COLUMNS`."""
+    as a CUDA graph for each number of rows, and replayed. Its cache has room for a multiple of `COLUMNS`."""
 
     BY_MODEL = weakref.WeakKeyDictionary()  # model -> its decoder on a GPU, which dies with the model
 

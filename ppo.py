@@ -330,8 +330,8 @@ class PPOTrainer(Trainer):
 
     def begin(self):
         """Measures the mean and deviation of the score over reference responses, before any update, while the
-        actor is still the reference. All later scores are standardized with them, so that
-        the KL's coefficient and the limit's scale mean the same under any score function."""
+        actor is still the reference. All later scores are standardized with them, so that the KL's coefficient
+        and the limit's scale mean the same under any score function."""
         parts = []
         rounds = math.ceil(64 / self.options.batch)
         with Progress(rounds, "calibration of the score") as progress:
@@ -437,8 +437,7 @@ class PPOTrainer(Trainer):
 
     def update_minibatch(self, batch):
         """One optimizer step of the actor and one of the critic. A loss is a sum over a microbatch, divided
-        by the number of real tokens in the whole minibatch. Returns figures, means over
-        these tokens."""
+        by the number of real tokens in the whole minibatch. Returns figures, means over these tokens."""
         options = self.options
         count = total(batch.response_mask.sum())
         parts = [part for _, part in batch.by_length(options.microbatch)]
