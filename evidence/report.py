@@ -197,8 +197,8 @@ arms of an experiment have the same seeds, so two arms are compared by their dif
 on the real model item by item. The p-values of all claims over seeds are corrected together by Holm's method, and those
 over items. A claim **holds** where its corrected p is below 0.05 and the difference lies on the side that it names; "no
 less" and "no more" are one-sided tests against a loss of the size that matters. It **fails** where the 95% interval,
-uncorrected, excludes an effect of that size, or lies wholly beyond such a loss. Otherwise it is **undecided**. A difference is the arm's figure less its
-rival's, as CLAIMS.md names them; ± is half a 95% interval.
+uncorrected, excludes an effect of that size, or lies wholly beyond such a loss. Otherwise it is **undecided**. A
+difference is the arm's figure less its rival's, as CLAIMS.md names them; ± is half a 95% interval.
 """
 
 
