@@ -57,12 +57,12 @@ def draw_arms(axis, data, metric, experiment):
     axis.grid(axis="x", alpha=0.3)
 
 
-def draw_band(axis, xs, columns, label, **look):
+def draw_band(axis, xs, columns, **look):
     """The mean of each column of values, a value a unit, and a band of 95% intervals."""
     means_and_halves = [stats.interval(column) for column in columns]
     means = [mean for mean, _ in means_and_halves]
     halves = [width(half) for _, half in means_and_halves]
-    axis.plot(xs, means, label=label, **look)
+    axis.plot(xs, means, **look)
     low = [mean - half for mean, half in zip(means, halves)]
     high = [mean + half for mean, half in zip(means, halves)]
     axis.fill_between(xs, low, high, color=look["color"], alpha=0.12, linewidth=0)
@@ -85,10 +85,9 @@ def draw_curve(axis, data, metric, experiment):
             tokens = [sum(step) / len(step) / 1000 for step in zip(*(series["tokens"] for series in runs))]
             window = 1 if metric == "length_limit" else 5
             curves = [smooth(series[metric], window) for series in runs]
-            draw_band(axis, list(accumulate(tokens)), list(zip(*curves)), arm, **style(index))
+            draw_band(axis, list(accumulate(tokens)), list(zip(*curves)), **style(index))
     axis.set(title=heading(metric, experiment.columns), xlabel="thousand tokens generated in training")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
 
 
 def draw_depths(axis, data, _, experiment):
@@ -96,17 +95,16 @@ def draw_depths(axis, data, _, experiment):
     for index, arm in enumerate(arms_of(data)):
         metrics = [metric for metric in DEPTHS if values(data, arm, metric)]
         operations = [int(metric.removeprefix("accuracy_")) for metric in metrics]
-        draw_band(axis, operations, [values(data, arm, metric) for metric in metrics], arm, **style(index))
+        draw_band(axis, operations, [values(data, arm, metric) for metric in metrics], **style(index))
     axis.set(title=heading("accuracy", experiment.columns), xlabel="operations of the question")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
 
 
 def draw_sweep(axis, data, _, experiment):
     """Two metrics over gamma, on the left axis and on the right one."""
     for index, (metric, side) in enumerate(zip(experiment.sweep, (axis, axis.twinx()))):
         cells = [values(data, arm, metric) for arm in experiment.gammas]
-        draw_band(side, list(experiment.gammas.values()), cells, metric, marker="o", **style(index))
+        draw_band(side, list(experiment.gammas.values()), cells, marker="o", **style(index))
         side.set_ylabel(HEADINGS.get(metric, experiment.columns[metric]), color=style(index)["color"])
     axis.set_title("the merge over gamma\n(higher is better)")
     axis.grid(alpha=0.3)
@@ -138,5 +136,5 @@ def draw(experiment, data, path):
         function(axis, data, metric, experiment)
         if function is draw_arms and axis is not axes[0]:
             axis.set_yticklabels([])
-    figure.suptitle(f"{experiment.title}: {experiment.unit}: {len(data)}, 95% intervals", fontsize="medium")
+    figure.suptitle(f"{experiment.title}: {experiment.unit}: {len(data)}, 95% intervals; colours as on the left", fontsize="medium")
     save(figure, path)
