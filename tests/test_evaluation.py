@@ -148,7 +148,7 @@ def test_stored_answers_are_measured_as_far_as_they_can_be(tmp_path):
     values, records = mt_bench.evaluate_stored(tmp_path / "a.jsonl", material, score)
     assert records["answers"] == [[], [], ["So. So.", "Done."]]
     assert records["rewards"] == [1 + 7, 3 + 5]
-    assert values["redundancy"] == [0.25] and values["reward"] == [8]  # a value a question
+    assert values["redundancy"] == [None, None, 0.25] and values["reward"] == [None, None, 8]  # a value a question
     assert "length" not in values
     material.dialogues = MT_QUESTIONS[:2]
     with pytest.raises(InputError, match=r"a\.jsonl: it answers none of the 2 questions"):
