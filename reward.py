@@ -240,8 +240,8 @@ class Scorer:
             ids = response[:-1]
         has_ended = len(ids) < len(response)
         if self.is_shared:
-            known = [i for i in ids if i < self.tokenizer.vocab_size]  # an embedding may have more rows
-            ids = self.tokenizer.encode_chat(messages) + known
+            ids = [i for i in ids if i < self.tokenizer.vocab_size]  # an embedding may have more rows
+            ids = self.tokenizer.encode_chat(messages) + ids
         else:
             ids = encode_answer(self.tokenizer, messages, self.policy_tokenizer.decode(ids))
         return ids + eos * has_ended

@@ -291,14 +291,14 @@ class Run:
     def models(self):
         """{role: fingerprint} of the models that the stage reads."""
         options = self.options
-        given = {"model": options.model, "reward": options.reward_model, "sft": options.sft_model}
+        own = {"model": options.model, "reward": options.reward_model, "sft": options.sft_model}
         roles = {"model", *NEEDS.get(self.stage, ())}
         if self.stage in ("fine", "eval"):
             roles.add("reward")  # it scores there too
         if options.score:
             roles.discard("reward")
-        paths = {role: given.get(role) or target(self.folder, role) for role in sorted(roles)}
-        is_there = {role: is_model(path) or path == given.get(role) for role, path in paths.items()}
+        paths = {role: own.get(role) or target(self.folder, role) for role in sorted(roles)}
+        is_there = {role: is_model(path) or path == own.get(role) for role, path in paths.items()}
         return {role: fingerprint(locate(path)) for role, path in paths.items() if is_there[role]}
 
     def compare_models(self):
