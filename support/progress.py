@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 
 def say(text):
-    """Prints a line above the bar. Ctrl-C also ends what a pipe leads to; work must not be lost for a line."""
+    """Prints a line, above a bar if there is one. Ctrl-C also ends what a pipe leads to; work must not be lost for a line."""
     with contextlib.suppress(BrokenPipeError):
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
@@ -39,8 +39,7 @@ class Progress:
         if self.total and self.bar.disable and (now >= self.due or count and self.done == self.total):
             self.due = now + 2.0
             elapsed = tqdm.format_interval(now - self.start)
-            with contextlib.suppress(BrokenPipeError):
-                print(f"{self.label}: {self.done}/{self.total} [{elapsed}] {text}".rstrip(), flush=True)
+            say(f"{self.label}: {self.done}/{self.total} [{elapsed}] {text}".rstrip())
 
     def __enter__(self):
         return self

@@ -526,12 +526,12 @@ def test_08_old_new_and_reference_logprobs_and_entropy_share_the_temperature(wat
     assert abs(metrics["ratio_first"] - 1) < 1e-5  # the new logprobs
 
 
-PRECISIONS = [(torch.float32, 2, 1e-5), (torch.bfloat16, 0.5, 1e-2)]  # large logits are coarse in bf16
-
-
 def test_08_rollouts_by_top_p_are_refused():
     with pytest.raises(InputError, match="top_p 0.9"):
         trainer_of(sampling=Sampling(eos_id=EOS, top_p=0.9))
+
+
+PRECISIONS = [(torch.float32, 2, 1e-5), (torch.bfloat16, 0.5, 1e-2)]  # large logits are coarse in bf16
 
 
 @pytest.mark.parametrize("dtype, sharpness, tolerance", PRECISIONS)

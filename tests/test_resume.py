@@ -433,28 +433,28 @@ def test_fine_and_eval_measure_each_model_once(stage, name, total, file, actors,
     assert (actors / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_what_fine_has_measured_of_other_models_is_measured_again(actors, run_stage, monkeypatch):
+@pytest.fixture
+def fills(actors, run_stage, monkeypatch):
+    """Counts the merges that fine measures, after it was interrupted at its second."""
     shutil.rmtree(actors / "fine")
     counter = Counter("fill", monkeypatch)
     counter.start(stop_at=2)
     with pytest.raises(Interrupted):
         run_stage("fine", actors)
+    counter.start(stop_at=0)
+    return counter
+
+
+def test_what_fine_has_measured_of_other_models_is_measured_again(fills, actors, run_stage):
     path = actors / "coarse/model.safetensors"
     save_file({name: -weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    counter.start(stop_at=0)
-    assert run_stage("fine", actors, "--resume").code == 0 and counter.count == 3
+    assert run_stage("fine", actors, "--resume").code == 0 and fills.count == 3
 
 
-def test_what_fine_has_measured_of_other_questions_is_measured_again(actors, run_stage, monkeypatch):
-    shutil.rmtree(actors / "fine")
-    counter = Counter("fill", monkeypatch)
-    counter.start(stop_at=2)
-    with pytest.raises(Interrupted):
-        run_stage("fine", actors)
+def test_what_fine_has_measured_of_other_questions_is_measured_again(fills, actors, run_stage, monkeypatch):
     load = evaluation.stages.world.load
     monkeypatch.setattr(evaluation.stages.world, "load", lambda name: load(name)[1:])
-    counter.start(stop_at=0)
-    assert run_stage("fine", actors, "--resume").code == 0 and counter.count == 3
+    assert run_stage("fine", actors, "--resume").code == 0 and fills.count == 3
 
 
 # ---------------------------------------------------------------- gradients that are not finite
